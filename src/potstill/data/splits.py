@@ -1,0 +1,100 @@
+"""Which images of a labelled set a task takes: pure functions on labels.
+
+None of them knows a run's seed, so all seeds share a split; and what is chosen within one class
+does not depend on which other classes the task has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from potstill.errors import DataError
+from potstill.seeds import seed_of
+
+
+def window(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Positions of the images of these classes, ascending. (N,) -> (n,) int64"""
+    return torch.isin(labels, torch.tensor(list(classes), dtype=torch.int64)).nonzero().flatten()
+
+
+def task_classes(
+    classes: Sequence[int] | None, labels: Tensor, names: Sequence[str], test: Tensor
+) -> list[int]:
+    """The task's original ids, ascending; all of them for None.
+
+    Raises DataError for an id that does not exist or is given twice, for no class, and for a class
+    without a training or test image.
+    """
+    chosen = list(range(len(names))) if classes is None else sorted(classes)
+    if not chosen:
+        raise DataError("data.classes is empty; give class ids, or null for all")
+    if unknown := [c for c in chosen if not 0 <= c < len(names)]:
+        raise DataError(
+            f"data.classes has {unknown}, the data set has ids 0 to {len(names) - 1}; remove them"
+        )
+    if twice := sorted({c for c in chosen if chosen.count(c) > 1}):
+        raise DataError(f"data.classes has {twice} more than once; give each id once")
+    for kind, given in (("training", labels), ("test", test)):
+        present = set(torch.unique(given).tolist())
+        if absent := [c for c in chosen if c not in present]:
+            some = ", ".join(f"{c} ({names[c]})" for c in absent[:5])
+            raise DataError(
+                f"no {kind} image of {len(absent)} of {len(chosen)} classes: {some}"
+                f"{' ...' if len(absent) > 5 else ''}; leave them out with data.classes"
+            )
+    return chosen
+
+
+def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Positions kept and positions held out, ascending: `share` of each class, at least one image.
+
+    (N,) -> (n,), (N - n,). Raises DataError for a share outside [0, 1), and for a class that would
+    keep no image.
+    """
+    if not 0 <= share < 1:
+        raise DataError(f"data.validation is {share}; give a share of 0 or more and below 1")
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for c, positions in _shuffled("validation", labels):
+        count = max(1, round(share * len(positions))) if share else 0
+        if count >= len(positions):
+            raise DataError(
+                f"data.validation is {share}, which takes all {len(positions)} training images of "
+                f"class {c}; lower it"
+            )
+        held[positions[:count]] = True
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def subset(labels: Tensor, n: int) -> Tensor:
+    """Positions of n images, as many of each class as can be, ascending. (N,) -> (n,) int64
+
+    A larger subset holds every smaller one. Raises DataError where n is above N, or so small that
+    a class has no image.
+    """
+    total = len(labels)
+    by_class = _shuffled("subset", labels)
+    if n > total:
+        raise DataError(f"data.subset is {n}, and there are {total} training images; lower it")
+    if n < len(by_class):
+        raise DataError(
+            f"data.subset is {n}, fewer than one image of each of {len(by_class)} classes; raise it"
+        )
+    turn = torch.empty(total, dtype=torch.int64)
+    for _, positions in by_class:
+        turn[positions] = torch.arange(len(positions))
+    # everyone's first image, then everyone's second ...; within a turn, by class
+    order = torch.argsort(turn * (int(labels.max()) + 1) + labels)
+    return order[:n].sort().values
+
+
+def _shuffled(purpose: str, labels: Tensor) -> list[tuple[int, Tensor]]:
+    """Each class with its positions in an order that depends on the class alone."""
+    found = []
+    for c in torch.unique(labels).tolist():
+        positions = (labels == c).nonzero().flatten()
+        fixed = torch.Generator().manual_seed(seed_of(purpose, c))
+        found.append((c, positions[torch.randperm(len(positions), generator=fixed)]))
+    return found

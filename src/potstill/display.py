@@ -1,0 +1,161 @@
+"""How a training looks while it runs: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from potstill.engine import Moment
+
+REFRESH_SECONDS = 0.5
+LINE_SECONDS = 30.0
+
+
+class Speed:
+    """Images a second over the last few seconds, and the time left at that pace."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self.history: deque[tuple[float, int, int]] = deque()
+        self.images = 0
+
+    def note(self, step: int, images: int) -> None:
+        """One step is done."""
+        self.images += images
+        now = time.monotonic()
+        self.history.append((now, step, self.images))
+        while now - self.history[0][0] > self.seconds and len(self.history) > 2:
+            self.history.popleft()
+
+    def read(self, remaining_steps: int) -> tuple[float, float]:
+        """(images a second, seconds left); zeros before two steps are done."""
+        (t0, s0, i0), (t1, s1, i1) = self.history[0], self.history[-1]
+        if t1 == t0 or s1 == s0:
+            return 0.0, 0.0
+        return (i1 - i0) / (t1 - t0), remaining_steps * (t1 - t0) / (s1 - s0)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def epoch_line(record: Mapping[str, Any]) -> str:
+    """One finished epoch in one line, from its record in metrics.jsonl."""
+    spent = record["time"]
+    parts = [f"{record['phase']} epoch {record['epoch']}"]
+    parts += [f"{name} {value:.4f}" for name, value in record["terms"].items()]
+    parts += [
+        f"{name} {score['top1']:.2f} % {record['split']}"
+        for name, score in record["scores"].items()
+    ]
+    if spent["seconds"]:
+        parts.append(f"{spent['images'] / spent['seconds']:,.0f} images/s")
+    return " · ".join(parts)
+
+
+class Plain:
+    """Plain lines: every epoch, and every half minute within one."""
+
+    def __init__(self, console: Console, prefix: str = "") -> None:
+        self.console, self.prefix = console, prefix
+        self.speed = Speed(seconds=60.0)
+        self.last = time.monotonic()
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        """Print one line as it is."""
+        self.console.print(self.prefix + line, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, done: int, total: int, moment: Moment) -> None:
+        """Note a step; every half minute, say where the training stands."""
+        self.speed.note(done, moment.images)
+        if moment.epoch_done:
+            self.last = time.monotonic()
+        elif time.monotonic() - self.last > LINE_SECONDS:
+            self.last = time.monotonic()
+            self.say("  " + " · ".join(_standing(done, total, moment, self.speed)))
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Say how an epoch ended."""
+        self.say(epoch_line(record))
+
+
+class Live:
+    """A line that is redrawn in place on a terminal, with the epochs above it."""
+
+    def __init__(self, console: Console, prefix: str = "") -> None:
+        self.console, self.prefix = console, prefix
+        self.progress = Progress(
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            auto_refresh=False,
+        )
+        self.task = self.progress.add_task("starting")
+        self.speed = Speed()
+        self.last = 0.0
+
+    def __enter__(self) -> Live:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(self.prefix + line, markup=False, highlight=False)
+
+    def step(self, done: int, total: int, moment: Moment) -> None:
+        """Note a step; twice a second, redraw."""
+        self.speed.note(done, moment.images)
+        if time.monotonic() - self.last > REFRESH_SECONDS:
+            self.last = time.monotonic()
+            text = self.prefix + " · ".join(_standing(done, total, moment, self.speed))
+            self.progress.update(self.task, completed=done, total=total, description=text)
+            self.progress.refresh()
+
+    def epoch(self, record: Mapping[str, Any]) -> None:
+        """Say how an epoch ended."""
+        self.say(epoch_line(record))
+
+
+def _standing(done: int, total: int, moment: Moment, speed: Speed) -> list[str]:
+    """Where a training stands. Reads the terms, so on a GPU it waits for them: twice a second."""
+    rate, left = speed.read(total - done)
+    epoch = moment.epoch if moment.epoch_done else moment.epoch + 1
+    return [
+        f"{moment.phase} epoch {epoch}/{moment.epochs}",
+        f"step {done}/{total}",
+        f"{rate:,.0f} images/s",
+        f"{duration(left)} left",
+        *(f"{name} {term.item():.3f}" for name, term in moment.terms.items()),
+    ]
+
+
+def watcher(console: Console, prefix: str = "", quiet: bool = False) -> Plain | Live:
+    """The display that fits the console; `quiet` (ranks other than 0) prints nothing."""
+    if quiet:
+        return Plain(Console(quiet=True))
+    return Live(console, prefix) if console.is_terminal else Plain(console, prefix)

@@ -1,0 +1,427 @@
+"""The only training loop. It carries out a method's phases and knows no method by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from potstill import distributed
+from potstill.errors import DataError, MethodError, did_you_mean
+from potstill.method import Batch, Method, Phase, Progress, Update, of_sum
+from potstill.optim import OptimizerPlan
+from potstill.seeds import seed_of
+
+
+class TrainingImages(Protocol):
+    """What the loop needs of the training data; `potstill.data.Split` is one."""
+
+    def batches(
+        self,
+        positions: Tensor,
+        generator: torch.Generator,
+        batch_size: int,
+        start: int = 0,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]: ...
+
+    def clean(self, batch_size: int, sharded: bool = False) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long and how fast: what a recipe adds to a method.
+
+    `epochs` by phase name. `plans` by "phase.update", "update" or "default", the first that
+    exists; their milestones and warm-ups count in epochs of a phase that is `lengths` long.
+    `precision` is the type that forwards are autocast to, None for none.
+    """
+
+    epochs: Mapping[str, int]
+    lengths: Mapping[str, int]
+    plans: Mapping[str, OptimizerPlan]
+    seed: int = 0
+    precision: torch.dtype | None = None
+
+    def plan(self, phase: str, update: str) -> OptimizerPlan:
+        """The optimiser of an update. Raises MethodError where none is given."""
+        for key in (f"{phase}.{update}", update, "default"):
+            if key in self.plans:
+                return self.plans[key]
+        raise MethodError(
+            f"no optimizer for update '{update}' of phase '{phase}'; give optimizers.default, "
+            f"optimizers.{update}, or optimizers with the key '{phase}.{update}'"
+        )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a training stands after a step."""
+
+    phase: str
+    epoch: int
+    """Epochs done in this phase, the one at hand not counted until its last step."""
+    epochs: int
+    step: int
+    """Steps done in this phase."""
+    steps: int
+    images: int
+    """Images of this step, over all ranks."""
+    lr: Mapping[str, float]
+    """By update."""
+    epoch_done: bool
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Means over the epoch so far, of all ranks; on the device, so reading one waits for it."""
+
+
+def check(method: Method, pace: Pace | None = None) -> None:
+    """Refuse a method that would train the wrong thing silently. Raises MethodError."""
+    names = {id(p): n for n, p in method.state_dict(keep_vars=True).items()}
+    for t, teacher in enumerate(method.teachers):
+        loose = [n for n, p in teacher.named_parameters() if p.requires_grad]
+        if loose:
+            raise MethodError(
+                f"teacher {t} has trainable parameters {_few(loose)}; a teacher is frozen: leave "
+                "requires_grad as Method.__init__ set it, or make the network a student"
+            )
+    phases = method.phases()
+    _require_unique("phase", [p.name for p in phases], "the method")
+    reached: set[int] = set()
+    for phase in phases:
+        updates = [u for turn in phase.turns for u in turn.updates]
+        _require_unique("update", [u.name for u in updates], f"phase '{phase.name}'")
+        for update in updates:
+            _check_update(update, phase.name, names)
+            reached |= {id(p) for p in update.parameters}
+    unreached = [
+        names[id(p)] for p in method.parameters() if p.requires_grad and id(p) not in reached
+    ]
+    if unreached:
+        raise MethodError(
+            f"no update ever trains {_few(unreached)}; add the module to an Update or freeze it"
+        )
+    if pace is not None:
+        _check_pace(phases, pace)
+
+
+def _check_update(update: Update[Any], phase: str, names: Mapping[int, str]) -> None:
+    where = f"update '{update.name}' of phase '{phase}'"
+    if not update.parameters:
+        raise MethodError(f"{where} has no parameters; remove it, or list what it trains")
+    if len({id(p) for p in update.parameters}) != len(update.parameters):
+        raise MethodError(f"{where} lists a parameter twice; each would be stepped twice")
+    for p in update.parameters:
+        if id(p) not in names:
+            raise MethodError(
+                f"{where} trains a parameter of shape {tuple(p.shape)} that is not part of the "
+                "method, so it would not be saved; make its module an attribute of the method"
+            )
+        if not p.requires_grad:
+            raise MethodError(f"{where} lists '{names[id(p)]}', which is frozen; leave it out")
+
+
+def _check_pace(phases: Sequence[Phase], pace: Pace) -> None:
+    allowed = {"default"}
+    for phase in phases:
+        if phase.name not in pace.epochs:
+            raise MethodError(f"no length for phase '{phase.name}'; give epochs.{phase.name}")
+        for update in (u for turn in phase.turns for u in turn.updates):
+            pace.plan(phase.name, update.name)
+            allowed |= {update.name, f"{phase.name}.{update.name}"}
+    for key in pace.plans:
+        if key not in allowed:
+            raise MethodError(
+                f"optimizers.{key} fits no update of this method; its keys are "
+                f"{sorted(allowed)}{did_you_mean(key, allowed)}"
+            )
+
+
+def _require_unique(kind: str, names: Sequence[str], where: str) -> None:
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise MethodError(f"{where} has several {kind}s named {twice}; give each its own name")
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{list(names[:4])}{more}"
+
+
+def compile_networks(method: Method) -> None:
+    """Compile every network of a method, in place. Raises MethodError where that cannot work."""
+    import torch._functorch.config as functorch_config  # loads the compiler: seconds
+
+    if method.needs_input_gradient:
+        raise MethodError(
+            f"{type(method).__name__} differentiates the teacher with respect to its input, and a "
+            "compiled network cannot be differentiated twice; set compile=false"
+        )
+    # a turn may differentiate one forward several times; donated buffers are freed by the first
+    functorch_config.donated_buffer = False
+    for net in [*method.students, *method.teachers]:
+        net.compile()
+
+
+def train_step(
+    phase: Phase,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    batch: Batch,
+    progress: Progress,
+    seed: int,
+    precision: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """One batch through every turn of a phase; the named terms, detached.
+
+    Terms are named "term", or "update.term" in a phase with several updates.
+    """
+    several = sum(len(turn.updates) for turn in phase.turns) > 1
+    all_terms: dict[str, Tensor] = {}
+    out: Any = None
+    for t, turn in enumerate(phase.turns):
+        torch.manual_seed(seed_of(seed, phase.name, progress.epoch, progress.step, t))
+        # the cache would hand casts made under no_grad to a forward that needs gradients
+        with torch.autocast(
+            batch.image.device.type, precision, precision is not None, cache_enabled=False
+        ):
+            out = turn.forward(batch, progress, out)
+        gradients = []
+        for u, update in enumerate(turn.updates):
+            terms = update.loss(out)
+            final = turn is phase.turns[-1] and u == len(turn.updates) - 1
+            if final and update.gradients is of_sum:  # frees activations while going backwards
+                found = of_sum(terms, update.parameters, progress, retain_graph=False)
+            else:
+                found = update.gradients(terms, update.parameters, progress)
+            gradients.append(found)
+            for name, term in terms.items():
+                all_terms[f"{update.name}.{name}" if several else name] = term.detach()
+        for update, found in zip(turn.updates, gradients, strict=True):
+            _step(optimizers[update.name], update.parameters, found)
+        if turn.after_step is not None:
+            with torch.no_grad():
+                turn.after_step(out)
+    return all_terms
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor],
+) -> None:
+    for p, g in zip(parameters, gradients, strict=True):
+        # fused kernels walk parameter, gradient and momentum in memory order: formats must agree
+        p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+    optimizer.step()
+    for p in parameters:
+        p.grad = None
+
+
+class Training:
+    """A training under way: iterate `run()` to carry it on, a step at a time.
+
+    `state()` between two steps, given to `restore()` of a new Training on the same method, data and
+    pace, continues it bit for bit on the same machine.
+    """
+
+    def __init__(self, method: Method, images: TrainingImages, pace: Pace) -> None:
+        self.method, self.images, self.pace = method, images, pace
+        self.phases = list(method.phases())
+        check(method, pace)
+        self.phase_index = 0
+        self.step = 0
+        self.sums: dict[str, Tensor] = {}
+        self.summed = 0
+        self._begin_phase()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase at hand."""
+        return self.phases[self.phase_index]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(self._steps_of(p)[1] for p in self.phases)
+
+    @property
+    def done_steps(self) -> int:
+        """Steps done, in all phases."""
+        return sum(self._steps_of(p)[1] for p in self.phases[: self.phase_index]) + self.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether every phase has run to its end."""
+        return self.phase_index == len(self.phases) - 1 and self.step == self.steps
+
+    def run(self) -> Iterator[Moment]:
+        """Carry on to the end, yielding after each step."""
+        while True:
+            if self.step == 0 and self.phase.prepare is not None:
+                with torch.no_grad():
+                    self.phase.prepare(self.images.clean(self.method.data.batch_size))
+            while self.step < self.steps:
+                yield from self._run_epoch()
+            if self.phase_index == len(self.phases) - 1:
+                return
+            self.phase_index, self.step = self.phase_index + 1, 0
+            self._begin_phase()
+
+    def _begin_phase(self) -> None:
+        self.steps_per_epoch, self.steps = self._steps_of(self.phase)
+        self.plans = {
+            u.name: self.pace.plan(self.phase.name, u.name)
+            for turn in self.phase.turns
+            for u in turn.updates
+        }
+        self.optimizers = {
+            u.name: self.plans[u.name].make(u.parameters)
+            for turn in self.phase.turns
+            for u in turn.updates
+        }
+        self.base_lr = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
+
+    def _steps_of(self, phase: Phase) -> tuple[int, int]:
+        """Steps of an epoch and of a whole phase."""
+        data, count = self.method.data, len(self._positions(phase, 0))
+        rest = count % data.batch_size
+        per_epoch = count // data.batch_size + (rest > 0 and not data.drop_last)
+        world = distributed.world_size()
+        if per_epoch == 0:
+            raise DataError(
+                f"data.batch_size is {data.batch_size} and an epoch of phase '{phase.name}' has "
+                f"{count} images, so with data.drop_last there is no step; make the batch smaller"
+            )
+        if data.batch_size % world or (rest % world and not data.drop_last):
+            raise DataError(
+                f"{world} ranks cannot share batches of {data.batch_size} images with a last one "
+                f"of {rest}; choose data.batch_size divisible by {world}, or data.drop_last=true"
+            )
+        return per_epoch, per_epoch * self.pace.epochs[phase.name]
+
+    def _positions(self, phase: Phase, epoch: int) -> Tensor:
+        """Positions of one epoch: the same for every rank, method and machine."""
+        data = self.method.data
+        generator = torch.Generator().manual_seed(
+            seed_of(self.pace.seed, "order", self.phases.index(phase), epoch)
+        )
+        if phase.order is None:
+            return torch.randperm(len(data.indices), generator=generator)
+        return phase.order(data, epoch, generator)
+
+    def _run_epoch(self) -> Iterator[Moment]:
+        phase, data = self.phase, self.method.data
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        positions = self._positions(phase, epoch)
+        views = torch.Generator().manual_seed(
+            seed_of(self.pace.seed, "views", self.phase_index, epoch)
+        )
+        if start == 0:
+            self.sums, self.summed = {}, 0
+        self.method.train()
+        for batch in self.images.batches(positions, views, data.batch_size, start, data.drop_last):
+            progress = Progress(epoch, self.step, self.steps, phase.epochs)
+            lr = self._set_rates()
+            terms = train_step(
+                phase, self.optimizers, batch, progress, self.pace.seed, self.pace.precision
+            )
+            # every rank now holds one model and one record: rank 0's checkpoint is everybody's
+            distributed.average_([*distributed.statistics(self.method), *terms.values()])
+            for name, term in terms.items():
+                total = self.sums.setdefault(name, torch.zeros_like(term, dtype=torch.float64))
+                total += term
+            self.summed += 1
+            self.step += 1
+            done = self.step == (epoch + 1) * self.steps_per_epoch
+            means = {name: total / self.summed for name, total in self.sums.items()}
+            yield Moment(
+                phase.name,
+                epoch + done,
+                self.pace.epochs[phase.name],
+                self.step,
+                self.steps,
+                len(batch.label) * distributed.world_size(),
+                lr,
+                done,
+                means,
+            )
+            self.method.train()  # the caller may have evaluated in between
+        if self.step % self.steps_per_epoch:
+            raise MethodError(
+                f"epoch {epoch} of phase '{phase.name}' has fewer images than epoch 0; a phase's "
+                "order must give the same number every epoch"
+            )
+
+    def _set_rates(self) -> dict[str, float]:
+        rates, length = {}, self.pace.lengths[self.phase.name]
+        for name, optimizer in self.optimizers.items():
+            plan = self.plans[name]
+            if plan.starts_anew(self.step, self.steps, length):
+                optimizer.state.clear()
+            rates[name] = self.base_lr[name] * plan.factor(self.step, self.steps, length)
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
+        return rates
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that continues the training: tensors, and plain values for JSON."""
+        tensors = {f"method/{k}": v for k, v in self.method.state_dict().items()}
+        plain: dict[str, Any] = {
+            "phase": self.phase_index,
+            "step": self.step,
+            "summed": self.summed,
+            "terms": list(self.sums),  # their order; the tensor file sorts
+            "optimizers": {},
+        }
+        tensors |= {f"sums/{k}": v for k, v in self.sums.items()}
+        for name, optimizer in self.optimizers.items():
+            rest = plain["optimizers"].setdefault(name, {})
+            for i, p in enumerate(_parameters_of(optimizer)):
+                for key, value in optimizer.state.get(p, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizers/{name}/{i}/{key}"] = value
+                    else:
+                        rest[f"{i}/{key}"] = value
+        return tensors, plain
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Continue from `state()`."""
+        self.phase_index, self.step = plain["phase"], plain["step"]
+        self._begin_phase()
+        own = {k[len("method/") :]: v for k, v in tensors.items() if k.startswith("method/")}
+        self.method.load_state_dict(own)  # copies, so every tensor keeps its memory format
+        device = next(self.method.parameters()).device
+        self.sums = {k: tensors[f"sums/{k}"].to(device) for k in plain["terms"]}
+        self.summed = plain["summed"]
+        for name, optimizer in self.optimizers.items():
+            for i, p in enumerate(_parameters_of(optimizer)):
+                prefix = f"optimizers/{name}/{i}/"
+                state = {
+                    k[len(prefix) :]: _like(p, v)
+                    for k, v in tensors.items()
+                    if k.startswith(prefix)
+                }
+                state |= {
+                    k.partition("/")[2]: v
+                    for k, v in plain["optimizers"].get(name, {}).items()
+                    if k.startswith(f"{i}/")
+                }
+                if state:
+                    optimizer.state[p] = state
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _like(p: nn.Parameter, value: Tensor) -> Tensor:
+    """A stored optimiser tensor, on the parameter's device and in its memory format.
+
+    Files hold contiguous tensors, and a fused optimiser steps silently wrong where the formats of
+    state and parameter differ.
+    """
+    if value.shape != p.shape:
+        return value.clone()  # step counters, which torch keeps on the CPU
+    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)

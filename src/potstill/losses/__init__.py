@@ -1,0 +1,9 @@
+"""Loss functions that two methods or more use: pure, with tested reductions.
+
+KL everywhere: sum over classes, mean over the batch, times temperature squared.
+"""
+
+from potstill.losses.attention import attention_map, attention_map_distance
+from potstill.losses.logits import soft_kl
+
+__all__ = ["attention_map", "attention_map_distance", "soft_kl"]

@@ -1,0 +1,62 @@
+"""Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2014, arXiv:1503.02531."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+
+from potstill.errors import MethodError
+from potstill.losses import soft_kl
+from potstill.method import DataSpec, Method, Outputs, Terms
+from potstill.net import Net
+
+
+class KD(Method):
+    """Match the teacher's softened class probabilities (Hinton et al., arXiv:1503.02531).
+
+    loss = gamma * CE(student, label) + alpha * T^2 * KL(teacher || student at temperature T)
+
+    The defaults are those of the RepDistiller benchmark, whose published rows weight the
+    cross-entropy by 0.1; SemCKD's and SimKD's tables use gamma = alpha = 1. The weights are not
+    normalised. Teacher and student must have the same classes: they are compared one by one.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[Net],
+        teachers: Sequence[Net],
+        data: DataSpec,
+        temperature: float = 4.0,
+        gamma: float = 0.1,
+        alpha: float = 0.9,
+    ) -> None:
+        super().__init__(students, teachers, data)
+        require_same_classes(self)
+        self.temperature, self.gamma, self.alpha = temperature, gamma, alpha
+
+    def loss(self, out: Outputs) -> Terms:
+        """The two weighted terms, "ce" and "kd"."""
+        (student,), (teacher,) = out.students, out.teachers
+        return {
+            "ce": self.gamma * F.cross_entropy(student.logits, out.batch.label),
+            "kd": self.alpha * soft_kl(student.logits, teacher.logits, self.temperature),
+        }
+
+
+def require_same_classes(method: Method) -> None:
+    """Raise MethodError unless teachers and students predict the same classes in the same order."""
+    data, name = method.data, type(method).__name__
+    for t, teacher in enumerate(method.teachers):
+        for s, student in enumerate(method.students):
+            if teacher.num_classes != student.num_classes:
+                raise MethodError(
+                    f"{name} compares logits class by class, but teacher {t} has "
+                    f"{teacher.num_classes} classes and student {s} has {student.num_classes}; use "
+                    "a teacher trained on this data set, or a method that reads features"
+                )
+        if list(data.teacher_classes[t]) != list(data.classes):
+            raise MethodError(
+                f"{name} compares logits class by class, but teacher {t} was trained on other "
+                "classes, or in another order, than data.classes"
+            )

@@ -1,0 +1,367 @@
+"""A network and its taps: one forward captures the logits and every named feature.
+
+Taps are read by forward hooks that are installed once, at construction, so no architecture is
+edited for a method and `torch.compile` sees the hooks. A dry run at construction finds every tap's
+shape and refuses taps that would silently be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from potstill.errors import NetworkError, TapError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one network produced for one batch of B images."""
+
+    logits: Tensor
+    """(B, num_classes), float32 (float64 in a float64 network)."""
+    features: Mapping[str, Tensor]
+    """By tap name, as they were computed; index the object itself to have them in float32."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A feature by tap name, at least float32. Raises TapError naming the taps that exist."""
+        try:
+            return in_full(self.features[name])
+        except KeyError:
+            raise TapError(no_feature(name, self.features)) from None
+
+
+def no_feature(name: str, taps: Mapping[str, Any]) -> str:
+    """The message for a tap that does not exist."""
+    return f"no feature '{name}'; this network has {sorted(taps)}{did_you_mean(name, taps)}"
+
+
+def in_full(x: Tensor) -> Tensor:
+    """Half precision to float32, everything else as it is: losses are computed in full."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _Tape:
+    """Where the hooks of one Net write during one forward; closed at all other times."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] | None = None
+        self.calls: dict[str, int] = {}
+        self.versions: dict[str, int] | None = None  # only in a dry run
+
+    def __getstate__(self) -> dict[str, Any]:  # activations are never copied or pickled
+        return {"values": None, "calls": {}, "versions": None}
+
+
+class _Recorder:
+    """A hook that writes one call's input or output of a module to a tape.
+
+    An object rather than a closure: copying or pickling a Net then copies tape and hooks together,
+    where a closure would go on writing into the original.
+    """
+
+    def __init__(self, tape: _Tape, name: str, of_input: bool, call: int) -> None:
+        self.tape, self.name, self.of_input, self.call = tape, name, of_input, call
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if self.tape.values is None:
+            return
+        seen = self.tape.calls.get(self.name, 0)
+        self.tape.calls[self.name] = seen + 1
+        if seen != self.call:
+            return
+        value = args[0] if self.of_input else output
+        self.tape.values[self.name] = value
+        if self.tape.versions is not None and isinstance(value, Tensor):
+            self.tape.versions[self.name] = value._version
+
+
+class _Target(NamedTuple):
+    """A tap's place in the module: "layer3.2.relu:in#1" parsed."""
+
+    path: str
+    of_input: bool
+    call: int | None
+
+
+def _parse(name: str, text: str) -> _Target:
+    place, _, call = text.partition("#")
+    path, _, end = place.partition(":")
+    if end not in ("", "in", "out") or (call and not call.isdigit()) or (not path):
+        raise TapError(
+            f"tap '{name}' is '{text}'; write a module's path, then ':in' for its input, then "
+            "'#1' for its second call: 'layer3', 'layer3.2.relu:in', 'relu:in#1'"
+        )
+    return _Target(path, end == "in", int(call) if call else None)
+
+
+class _Wrapper(nn.Module):
+    """A module around another one whose saved keys are the wrapped module's own names."""
+
+    module: nn.Module
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's state, under its own names."""
+        return self.module.state_dict(*args, **kwargs)
+
+
+def _add_prefix(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:  # at module level, because a bound method would tie a copy to its original
+    for key in [k for k in state if k.startswith(prefix)]:
+        state[f"{prefix}module.{key[len(prefix) :]}"] = state.pop(key)
+
+
+class Predictor(_Wrapper):
+    """A Net as a plain module from image to logits, without capturing. (B, C, H, W) -> (B, K)"""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__(net)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.module.logits(image)  # type: ignore[operator, no-any-return]
+
+
+class Net(_Wrapper):
+    """A network with named taps.
+
+    `taps` maps a name to a place in `module`: a submodule's output (`"layer3"`), its input
+    (`"layer3.2.relu:in"`), and, for a module that runs more than once in a forward, which call
+    (`"relu:in#1"` is the second). `"embed"`, the vector that the classifier reads, is added where a
+    final linear layer is found. `normalize` is (scale, shift) per channel, applied to the
+    image first, for a network trained with other statistics than the data's; see
+    `affine_between`.
+
+    >>> net = Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)),
+    ...           taps={"map": "0"}, input_shape=(3, 8, 8))
+    >>> net.shapes["map"], net.num_classes
+    (torch.Size([8, 6, 6]), 5)
+
+    Raises TapError for a tap that does not exist, runs several times, does not give a tensor or is
+    overwritten in place; NetworkError where the module cannot take `input_shape` or does not
+    return logits (B, K).
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        taps: Mapping[str, str] | None = None,
+        input_shape: Sequence[int] = (3, 32, 32),
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
+        super().__init__(module)
+        scale, shift = normalize if normalize is not None else (None, None)
+        self.register_buffer("scale", _per_channel(scale), persistent=False)
+        self.register_buffer("shift", _per_channel(shift), persistent=False)
+        self.input_shape = tuple(input_shape)
+        self._tape = _Tape()
+        self.taps = dict(taps or {})
+        self.classifier_path = self._find_classifier()
+        if self.classifier_path is not None:
+            self.taps.setdefault("embed", f"{self.classifier_path}:in")
+        self._targets = {name: _parse(name, text) for name, text in self.taps.items()}
+        for name, target in self._targets.items():
+            self._install(name, target)
+        self.shapes, self.num_classes = self._dry_run()
+
+    def forward(self, image: Tensor) -> Captured:
+        """Run once and capture. (B, C, H, W) -> Captured"""
+        self._tape.values, self._tape.calls = {}, {}
+        logits = self.logits(image)
+        features, self._tape.values = self._tape.values, None
+        return Captured(logits, features)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """The network's prediction alone, in at least float32. (B, C, H, W) -> (B, K)"""
+        if self.scale is not None and self.shift is not None:
+            image = image * self.scale + self.shift
+        output = self.module(image)
+        return in_full(output if isinstance(output, Tensor) else output.logits)
+
+    def predictor(self) -> nn.Module:
+        """This network as a module from image to logits, sharing its weights."""
+        return Predictor(self)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The last linear layer, for methods that reuse it. NetworkError if there is none."""
+        if self.classifier_path is None:
+            raise NetworkError(
+                f"{type(self.module).__name__} has no final linear layer from features to logits; "
+                "this method needs one"
+            )
+        return self.module.get_submodule(self.classifier_path)  # type: ignore[return-value]
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter but the classifier's."""
+        head = {id(p) for p in self.classifier.parameters()}
+        return (p for p in self.parameters() if id(p) not in head)
+
+    def shape_of(self, tap: str) -> torch.Size:
+        """Shape of a feature without the batch axis. Raises TapError naming the taps that exist."""
+        if tap not in self.shapes:
+            raise TapError(no_feature(tap, self.shapes))
+        return self.shapes[tap]
+
+    def _install(self, name: str, target: _Target) -> None:
+        modules = dict(self.module.named_modules())
+        if target.path not in modules:
+            near = did_you_mean(target.path, modules)
+            raise TapError(
+                f"tap '{name}' names the module '{target.path}', which does not exist in "
+                f"{type(self.module).__name__}{near}; its parts are "
+                f"{[n for n, _ in self.module.named_children()]}"
+            )
+        recorder = _Recorder(self._tape, name, target.of_input, target.call or 0)
+        if target.of_input:
+            modules[target.path].register_forward_pre_hook(recorder)
+        else:
+            modules[target.path].register_forward_hook(recorder)
+
+    def _find_classifier(self) -> str | None:
+        """Path of the linear layer whose output is the logits, found by running once."""
+        outputs: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            return lambda module, args, output: outputs.__setitem__(name, output)
+
+        handles = [
+            m.register_forward_hook(note(name))
+            for name, m in self.module.named_modules()
+            if isinstance(m, nn.Linear)
+        ]
+        try:
+            logits = self._try_out(training=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return next((name for name, x in outputs.items() if x is logits), None)
+
+    def _dry_run(self) -> tuple[dict[str, torch.Size], int]:
+        for training in (True, False):
+            self._tape.values, self._tape.calls, self._tape.versions = {}, {}, {}
+            logits = self._try_out(training)
+            self._check(self._tape)
+            captured, self._tape.values, self._tape.versions = self._tape.values, None, None
+        return {name: x.shape[1:] for name, x in captured.items()}, logits.shape[1]
+
+    def _try_out(self, training: bool) -> Tensor:
+        """One forward of two images that leaves modes, buffers and random state as they were."""
+        reference = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        image = torch.zeros(2, *self.input_shape)
+        if reference is not None:
+            image = image.to(reference)
+        modes = [(m, m.training) for m in self.module.modules()]
+        buffers = [(b, b.clone()) for b in self.module.buffers()]
+        devices = [image.device] if image.is_cuda else []
+        try:
+            self.module.train(training)
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                output = self.module(image)
+        except (RuntimeError, ValueError) as error:
+            raise NetworkError(
+                f"{type(self.module).__name__} cannot take images of {self.input_shape} "
+                f"(channels, height, width): {str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+            raise NetworkError(
+                f"{type(self.module).__name__} must return logits of shape (images, classes), or "
+                f"an object with .logits; for two images it returned {got}"
+            )
+        return logits
+
+    def _check(self, tape: _Tape) -> None:
+        assert tape.values is not None and tape.versions is not None
+        for name, target in self._targets.items():
+            where = f"feature '{name}' ('{self.taps[name]}')"
+            times = tape.calls.get(name, 0)
+            if times == 0:
+                raise TapError(f"{where} never runs in a forward; tap a module that does")
+            if target.call is None and times > 1:
+                choices = " or ".join(f"'{self.taps[name]}#{i}'" for i in range(min(times, 3)))
+                raise TapError(f"{where} runs {times} times in a forward; say which: {choices}")
+            if target.call is not None and target.call >= times:
+                raise TapError(
+                    f"{where} is call number {target.call + 1}, but that module runs {times} "
+                    f"time(s) in a forward; the last is '#{times - 1}'"
+                )
+            value = tape.values[name]
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise TapError(f"{where} is a {kind}, not a tensor; tap a module inside it")
+            if value._version != tape.versions[name]:
+                raise TapError(
+                    f"{where} is overwritten in place by a later module; build that module with "
+                    "inplace=False"
+                )
+
+
+def _per_channel(values: Sequence[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values).view(1, -1, 1, 1)
+
+
+def affine_between(
+    mean: Sequence[float], std: Sequence[float], own_mean: Sequence[float], own_std: Sequence[float]
+) -> tuple[list[float], list[float]] | None:
+    """(scale, shift) that turns images normalised by (mean, std) into (own_mean, own_std).
+
+    All in units of pixel / 255, per channel. None where the statistics are equal, so that an
+    equal network gets no operation at all.
+
+    >>> affine_between([0.5], [0.25], [0.25], [0.5])
+    ([0.5], [0.5])
+    """
+    if list(mean) == list(own_mean) and list(std) == list(own_std):
+        return None
+    pairs = list(zip(mean, std, own_mean, own_std, strict=True))
+    return [s / t for _, s, _, t in pairs], [(m - n) / t for m, _, n, t in pairs]
+
+
+def own_statistics(
+    net: Net, mean: Sequence[float], std: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """The (mean, std) a network's module itself expects, for images normalised by (mean, std)."""
+    if net.scale is None or net.shift is None:
+        return list(mean), list(std)
+    scale, shift = net.scale.flatten().tolist(), net.shift.flatten().tolist()
+    rows = list(zip(mean, std, scale, shift, strict=True))
+    return [m - b * s / a for m, s, a, b in rows], [s / a for _, s, a, _ in rows]
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Within, BatchNorm layers normalise by the batch and leave every buffer as it is.
+
+    The published runs of OFD, ReviewKD and SAKD have their teachers so, and alternating mutual
+    learning refreshes a peer's prediction so. Momentum 0 would not do: it still counts batches.
+    """
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    before = [(m.training, m.track_running_stats) for m in layers]
+    for layer in layers:  # without tracking, torch hands no buffers to batch_norm in train mode
+        layer.training, layer.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for layer, (training, tracking) in zip(layers, before, strict=True):
+            layer.training, layer.track_running_stats = training, tracking

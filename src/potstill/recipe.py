@@ -1,0 +1,924 @@
+"""Recipes: YAML and overrides into a checked `Recipe`, every fault at once.
+
+    text -> plain mappings -> shorthand expanded -> overrides -> checked -> Recipe
+
+Reading a recipe builds no network, reads no data and runs no code. Whether taps exist and class
+counts fit is found out when the networks are built.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt, Lt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializeAsAny,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from potstill.errors import RecipeError, StorageError, did_you_mean
+
+SHARED = "shared"
+"""The key of an epochs mapping whose number all phases share before the named ones replace it."""
+
+_FOLDER = Path(__file__).parent / "recipes"
+_SUFFIXES = (".yaml", ".yml")
+_ELSEWHERE = ("timm:", "tv:", "hub:", "py:")  # where a network's name may point, beside MODELS
+_PLAIN = "plain"  # the type of a validation error whose message is already ours
+
+Count = Annotated[int, Ge(1)]
+Epochs = Count | dict[str, Count]
+
+
+def _plain(message: str) -> PydanticCustomError:
+    return PydanticCustomError(_PLAIN, message)  # type: ignore[arg-type]  # literal strings only
+
+
+class Part(BaseModel):
+    """A mapping of a recipe: strict types, no unknown keys, faults in plain words."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_plain_words(cls, value: Any, handler: ModelWrapValidatorHandler[Part]) -> Part:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            faults = [_reworded(cls, e["type"], e["loc"], e["msg"], value) for e in error.errors()]
+            raise ValidationError.from_exception_data(cls.__name__, faults) from None
+
+
+class Normalization(Part):
+    """Statistics of the images that a network was trained on, in units of pixel / 255."""
+
+    mean: list[float]
+    std: list[Annotated[float, Gt(0)]]
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> Normalization:
+        _same_channels(self.mean, self.std)
+        return self
+
+
+def _network_name(name: str, info: ValidationInfo) -> str:
+    from potstill.models import MODELS
+
+    if name.startswith("py:") and not (info.context or {}).get("allow_code"):
+        raise _plain(
+            f"is {_show(name)}, which runs Python code of your own; add --allow-code if you trust "
+            "it (in Python, allow_code=True)"
+        )
+    if name in MODELS or name.startswith(_ELSEWHERE) or (name and Path(name).exists()):
+        return name
+    raise _plain(
+        f"is {_show(name)}, which is no model and no file{did_you_mean(name, MODELS)}; "
+        f"allowed: {', '.join(MODELS)}, {', '.join(f'{p}...' for p in _ELSEWHERE)}, or a path"
+    )
+
+
+class Network(Part):
+    """A student or a teacher. A bare string is short for its name."""
+
+    name: Annotated[str, AfterValidator(_network_name)]
+    """An architecture (resnet20), timm:..., tv:..., hub:..., py:module:function, or a checkpoint's
+    path."""
+    weights: str | None = None
+    """Path of a checkpoint; null starts from random weights."""
+    normalize: Normalization | None = None
+    """Only where the network was trained on other statistics than the data's mean and std."""
+    num_classes: Count | None = None
+    """Null: as many as the data has."""
+
+
+def _dataset_name(name: str) -> str:
+    from potstill.data import DATASETS
+
+    if name not in DATASETS:
+        raise _plain(_unknown(name, "data set", DATASETS))
+    return name
+
+
+def _distinct(classes: list[int]) -> list[int]:
+    if twice := sorted({c for c in classes if classes.count(c) > 1}):
+        raise _plain(f"names class {twice[0]} more than once")
+    if not classes:
+        raise _plain("is empty; name at least one class, or write null for all")
+    return classes
+
+
+class Data(Part):
+    """What is trained on. Null everywhere means the data set's own default."""
+
+    name: Annotated[str, AfterValidator(_dataset_name)]
+    root: str | None = None
+    """Folder of the files."""
+    batch_size: Count = 64
+    """Images per step, over all ranks."""
+    views: Count | None = None
+    """Augmentations in each image's pool; null draws afresh in every epoch."""
+    validation: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the training images that is held out and evaluated in place of the test set."""
+    classes: Annotated[list[Annotated[int, Ge(0)]], AfterValidator(_distinct)] | None = None
+    """Original ids; null: all."""
+    subset: Count | None = None
+    """Training images to use; null: all."""
+    padding: Annotated[int, Ge(0)] | None = None
+    """Pixels on each side before the random crop."""
+    pad_mode: Literal["zero", "reflect"] | None = None
+    flip: bool | None = None
+    mean: list[float] | None = None
+    """Per channel, in units of pixel / 255; likewise std."""
+    std: list[Annotated[float, Gt(0)]] | None = None
+    image_size: Count | None = None
+    """Pixels on each side."""
+    workers: Annotated[int, Ge(0)] | None = None
+    drop_last: bool = False
+    """Leave out an epoch's last batch where it is smaller than the others."""
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> Data:
+        if (self.mean is None) != (self.std is None):
+            given, missing = ("mean", "std") if self.std is None else ("std", "mean")
+            raise _plain(f"sets {given} but not {missing}; give both or neither")
+        _same_channels(self.mean or [], self.std or [])
+        return self
+
+
+def _same_channels(mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != len(std):
+        raise _plain(
+            f"gives {len(mean)} numbers for mean and {len(std)} for std; one per channel in both"
+        )
+
+
+class Choice(Part):
+    """A named method, optimiser or schedule; the arguments of what is named are its other keys."""
+
+    name: str
+
+
+def _choose(kind: str, value: Any) -> Any:
+    """The value, checked against the signature of what its name stands for."""
+    if isinstance(value, Choice):
+        return value
+    if not isinstance(value, dict):
+        raise _plain(f"must be a name or a mapping such as {{name: ...}}, not {_show(value)}")
+    allowed = _choices(kind)
+    name = value.get("name")
+    if name not in [*allowed]:
+        message = (
+            _unknown(name, kind, allowed)
+            if isinstance(name, str)
+            else f"is missing; allowed: {', '.join(allowed)}"
+            if name is None
+            else f"must be text, not {_show(name)}"
+        )
+        fault = InitErrorDetails(type=_plain(message), loc=("name",), input=value)
+        raise ValidationError.from_exception_data(kind, [fault])
+    return _choice_model(kind, name).model_validate(value)
+
+
+class Optimizer(Choice):
+    """How one update's parameters are moved; its other keys are the optimiser's arguments."""
+
+    warmup: Annotated[float, Ge(0)] = 0.0
+    """Epochs of linear rise to the schedule's rate."""
+    fresh_at_milestones: bool = False
+    """Drop the optimiser's state at each milestone."""
+    schedule: Annotated[SerializeAsAny[Choice], BeforeValidator(partial(_choose, "schedule"))] = (
+        Choice(name="constant")
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Optimizer:
+        if self.fresh_at_milestones and self.schedule.name != "steps":
+            raise _plain(
+                f"sets fresh_at_milestones, but schedule {self.schedule.name} has no milestones; "
+                "use schedule steps"
+            )
+        if getattr(self, "nesterov", False) and not getattr(self, "momentum", 1):
+            raise _plain("sets nesterov, which needs a momentum above 0")
+        return self
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise _plain(f"must be auto, cpu, cuda or cuda:N (cuda:0, cuda:1 ...), not {_show(name)}")
+    return name
+
+
+class Recipe(Part):
+    """Everything that determines a training."""
+
+    students: list[Network]
+    teachers: list[Network] = []
+    method: Annotated[SerializeAsAny[Choice], BeforeValidator(partial(_choose, "method"))]
+    """The method's name and the arguments of its constructor."""
+    data: Data
+    optimizers: dict[
+        str, Annotated[SerializeAsAny[Optimizer], BeforeValidator(partial(_choose, "optimizer"))]
+    ]
+    """By the update they carry out: its name, or phase.update, or default for all others."""
+    epochs: Epochs | None = None
+    """A number that all phases share, or a number by phase; null: the method's published lengths.
+    """
+    schedule_epochs: Epochs | None = None
+    """The epochs that milestones and warm-ups are counted in; null: this file's epochs, whatever
+    an override makes of them."""
+    seed: Annotated[int, Ge(0)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the device has it."""
+    compile: bool = False
+    channels_last: bool = True
+    evaluate_every: Count = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What resolving the recipe decided that a reader may not expect; not part of the YAML."""
+        return self._notes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def to_yaml(self) -> str:
+        """Text that loads to an equal recipe."""
+        return yaml.dump(
+            self.model_dump(mode="json"),
+            Dumper=_Dumper,
+            sort_keys=False,
+            default_flow_style=None,
+            allow_unicode=True,
+            width=100,
+        )
+
+
+def load(
+    recipe: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False
+) -> Recipe:
+    """A shipped recipe by name, or one in a .yaml file, with `key.sub=value` overrides.
+
+    Raises RecipeError with every fault, StorageError for a file that cannot be read.
+    """
+    return loads(_text(recipe), overrides, source=str(recipe), allow_code=allow_code)
+
+
+def loads(
+    text: str,
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "recipe",
+    allow_code: bool = False,
+) -> Recipe:
+    """A recipe from YAML text; `source` is what errors call it. Raises RecipeError."""
+    raw, faults = _parse(text)
+    if raw is None and not faults:
+        faults = ["the recipe is empty; 'potstill list recipes' names some to start from"]
+    elif not isinstance(raw, dict) and not faults:
+        faults = [f"the recipe must be a mapping of keys to values, not {_show(raw)}"]
+    if not isinstance(raw, dict):
+        raise RecipeError(faults, source)
+    return _resolve(raw, overrides, source, allow_code, faults)
+
+
+def resolve(
+    raw: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    source: str = "recipe",
+    allow_code: bool = False,
+) -> Recipe:
+    """A recipe from plain mappings, lists and scalars, as `loads` reads them. Raises RecipeError.
+
+    >>> resolve({"students": ["resnet8"], "method": "vanilla", "data": "digits",
+    ...          "optimizers": {"default": {"name": "sgd", "lr": 0.1}}}, ["epochs=3"]).epochs
+    3
+    """
+    return _resolve(copy.deepcopy(dict(raw)), overrides, source, allow_code, [])
+
+
+def shipped() -> dict[str, str]:
+    """Every recipe that comes with Potstill: its name, and its first line's description."""
+    files = sorted(_FOLDER.rglob("*.yaml"))
+    return {
+        f.relative_to(_FOLDER).with_suffix("").as_posix(): f.read_text("utf-8")
+        .partition("\n")[0]
+        .lstrip("# ")
+        for f in files
+    }
+
+
+def phase_epochs(
+    published: Mapping[str, int],
+    epochs: int | Mapping[str, int] | None,
+    key: str = "epochs",
+) -> dict[str, int]:
+    """Epochs of each phase, from their published lengths and a recipe's `epochs` (`key` in errors).
+
+    A number is shared in proportion to the published lengths, the largest remainders rounded up,
+    so that the total is exact and no phase is left without an epoch. A mapping sets the phases it
+    names; the others keep their published length, or their share of its number under "shared".
+    Raises RecipeError for a phase that does not exist and for fewer epochs than phases.
+
+    >>> phase_epochs({"init": 40, "distill": 240}, 10)
+    {'init': 1, 'distill': 9}
+    """
+    if epochs is None:
+        return dict(published)
+    named = {SHARED: epochs} if isinstance(epochs, int) else dict(epochs)
+    total = named.pop(SHARED, None)
+    phases = ", ".join(published)
+    faults = [
+        f"{key}.{phase} is no phase of this method{did_you_mean(phase, published)}; "
+        f"allowed: {phases}"
+        for phase in named
+        if phase not in published
+    ]
+    if total is not None and total < len(published):
+        faults.append(
+            f"{key} is {total}, but the method has {len(published)} phases ({phases}) and each "
+            f"needs an epoch; give {len(published)} or more"
+        )
+    if faults:
+        raise RecipeError(faults)
+    return (dict(published) if total is None else _share(published, total)) | named
+
+
+def _share(published: Mapping[str, int], total: int) -> dict[str, int]:
+    whole = sum(published.values())
+    parts = {phase: divmod(total * length, whole) for phase, length in published.items()}
+    epochs = {phase: quotient for phase, (quotient, _) in parts.items()}
+    by_remainder = sorted(parts, key=lambda phase: -parts[phase][1])
+    for phase in by_remainder[: total - sum(epochs.values())]:
+        epochs[phase] += 1
+    for phase in [p for p in epochs if epochs[p] == 0]:
+        epochs[max(epochs, key=epochs.__getitem__)] -= 1
+        epochs[phase] = 1
+    return epochs
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, with every method's, optimiser's and schedule's arguments."""
+    named: dict[str, Any] = {}
+    for kind in ("schedule", "optimizer", "method"):
+        models: Any = tuple(
+            create_model(
+                f"{kind}_{name}",
+                __base__=_choice_model(kind, name),
+                name=(Literal[name], ...),
+                **({"schedule": (named["schedule"], "constant")} if kind == "optimizer" else {}),
+            )
+            for name in _choices(kind)
+        )
+        named[kind] = str | Annotated[Union[models], Field(discriminator="name")]  # noqa: UP007
+    recipe: Any = create_model(
+        "Recipe",
+        __base__=Recipe,
+        students=(list[str | Network], ...),
+        teachers=(list[str | Network], []),
+        data=(str | Data, ...),
+        method=(named["method"], ...),
+        optimizers=(dict[str, named["optimizer"]], ...),
+    )
+    return recipe.model_json_schema()  # type: ignore[no-any-return]
+
+
+# --- what a name stands for
+
+
+def _choices(kind: str) -> Mapping[str, Callable[..., Any]]:
+    """The registry of a kind of choice; here, so that importing recipes does not import torch."""
+    if kind == "method":
+        from potstill.methods import METHODS
+
+        return METHODS
+    from potstill.optim import OPTIMIZERS, SCHEDULES
+
+    return OPTIMIZERS if kind == "optimizer" else SCHEDULES
+
+
+def _ascending(milestones: list[float]) -> list[float]:
+    if any(b <= a for a, b in zip(milestones, milestones[1:], strict=False)):
+        raise _plain(f"must be in ascending order, each once, not {_show(milestones)}")
+    return milestones
+
+
+_BELOW_ONE = (Ge(0), Lt(1))
+_LIMITS: Mapping[str, Mapping[str, Sequence[Any]]] = {  # what a signature's types do not say
+    "method": {"temperature": (Gt(0),)},
+    "optimizer": {
+        "lr": (Gt(0),),
+        "momentum": _BELOW_ONE,
+        "betas": _BELOW_ONE,
+        "eps": (Gt(0),),
+        "weight_decay": (Ge(0),),
+    },
+    "schedule": {
+        "milestones": (Gt(0),),
+        "factor": (Gt(0),),
+        "rise": _BELOW_ONE,
+        "start": (Ge(0),),
+        "final": (Ge(0),),
+    },
+}
+
+
+def _choice_model(kind: str, name: str) -> type[Choice]:
+    return _signature_model(kind, name, _choices(kind)[name])
+
+
+@cache
+def _signature_model(kind: str, name: str, target: Callable[..., Any]) -> type[Choice]:
+    """A model of the arguments that a recipe may give to a method, optimiser or schedule."""
+    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    hints = get_type_hints(function, include_extras=True)
+    given_elsewhere = ("self", "students", "teachers", "data", "parameters")
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        key, default = parameter.name, parameter.default
+        if key in given_elsewhere or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            continue
+        hint = _as_yaml(hints[key], _LIMITS[kind].get(key, ()))
+        if key == "milestones":
+            hint = Annotated[hint, AfterValidator(_ascending)]
+        if get_origin(hint) is not tuple and isinstance(default, tuple):
+            default = list(default)
+        fields[key] = (hint, ... if default is parameter.empty else default)
+    base = Optimizer if kind == "optimizer" else Choice
+    return create_model(name, __base__=base, __doc__=inspect.getdoc(target), **fields)
+
+
+def _as_yaml(hint: Any, limits: Sequence[Any]) -> Any:
+    """A Python type as YAML writes it: sequences are lists, numbers are within limits."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return Annotated[(_as_yaml(inner[0], limits), *inner[1:])]  # type: ignore[return-value]
+    parts = tuple(a if a is Ellipsis else _as_yaml(a, limits) for a in inner)
+    if origin in (Union, types.UnionType):
+        return Union[parts]  # noqa: UP007
+    if origin in (list, Sequence):
+        return list[parts]  # type: ignore[valid-type]
+    if origin is tuple:
+        return Annotated[tuple[parts], Strict(False)]  # type: ignore[valid-type]
+    return Annotated[(hint, *limits)] if hint in (int, float) and limits else hint
+
+
+# --- faults in plain words
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unknown(name: str, kind: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    return (
+        f"is {_show(name)}, which is no {kind}{did_you_mean(name, allowed)}; "
+        f"allowed: {', '.join(allowed)}"
+    )
+
+
+def _reworded(
+    model: type[Part], kind: str, loc: tuple[int | str, ...], message: str, value: Any
+) -> InitErrorDetails:
+    """A pydantic error in words that name what was given and what is allowed."""
+    if kind != _PLAIN:
+        loc, message = _in_words(model, kind, loc, value)
+    return InitErrorDetails(type=_plain(message), loc=loc, input=value)
+
+
+def _in_words(
+    model: type[Part], kind: str, loc: tuple[int | str, ...], value: Any
+) -> tuple[tuple[int | str, ...], str]:
+    fields = model.model_fields
+    if not loc:
+        return loc, f"must be {_describe(model)}, not {_show(value)}"
+    key = str(loc[0])
+    if kind == "extra_forbidden":
+        return loc, f"is unknown{did_you_mean(key, fields)}; allowed: {', '.join(fields)}"
+    field = fields[key]
+    hint: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else (
+        field.annotation
+    )
+    if kind == "missing":
+        return loc, f"is missing; give {_describe(hint)}"
+    depth, given = 1, value[key]
+    for step in loc[1:]:
+        options = [o for o in _options(hint) if o is not type(None)]
+        origin, inner = get_origin(_bare(options[0])), get_args(_bare(options[0]))
+        if len(options) > 1 or origin not in (list, dict, tuple):
+            break  # which of several types was meant cannot be told: describe them all
+        hint = inner[step] if origin is tuple and inner[-1] is not Ellipsis else inner[-1]  # type: ignore[index]
+        depth, given = depth + 1, given[step]
+    return loc[:depth], f"must be {_describe(hint)}, not {_show(given)}"
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    hint = _bare(hint)
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _describe(hint: Any) -> str:
+    """A type for a person: "a number (above 0), or null"."""
+    limits = [*get_args(hint)[1:]] if get_origin(hint) is Annotated else []
+    options = _options(hint)
+    if len(options) > 1:
+        *first, last = [_describe(o) for o in options]
+        return f"{', '.join(first)}, or {last}"
+    (bare,) = options
+    origin, inner = get_origin(bare), get_args(bare)
+    if get_origin(bare) is Annotated:
+        return _describe(bare)
+    if origin is Literal:
+        *first, last = map(str, inner)
+        return f"{', '.join(first)} or {last}" if first else last
+    if origin is list:
+        return f"a list, each entry {_describe(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each entry {_describe(inner[0])}"
+    if origin is dict:
+        return f"a mapping from names to {_describe(inner[1])}"
+    if inspect.isclass(bare) and issubclass(bare, Part):
+        keys = bare.model_fields
+        shape = "name: ..." if "name" in keys else ", ".join(f"{k}: ..." for k in keys)
+        return f"a mapping such as {{{shape}}}"
+    words = [
+        f"{word} {getattr(limit, attribute)}"
+        for limit in limits
+        for attribute, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"))
+        if hasattr(limit, attribute)
+    ]
+    noun = _NOUNS.get(bare, str(bare))
+    return f"{noun} ({', '.join(words)})" if words else noun
+
+
+_NOUNS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+
+
+# --- from text to plain mappings
+
+
+_CORE = "tag:yaml.org,2002:"
+# YAML 1.2's scalars. PyYAML's own are 1.1's, where 5e-4 is text, 010 is 8, `no` is false and 1:30
+# is 90. The loader and the dumper must agree, or text that looks like a number would be unquoted.
+_RESOLVERS: list[tuple[str, str, str]] = [
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain mappings, lists and scalars only; duplicate keys are collected as faults."""
+
+    yaml_implicit_resolvers: Any = {}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.faults: list[str] = []
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            what = f"the alias *{event.anchor}"
+        elif event.tag is not None:
+            what = f"the tag {event.tag}"
+        else:
+            return super().compose_node(parent, index)
+        raise yaml.MarkedYAMLError(
+            problem=f"{what} is not allowed in a recipe; write the value itself, in quotes if it "
+            "is text",
+            problem_mark=event.start_mark,
+        )
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.tag != f"{_CORE}str":
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be text; put it in quotes", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                self.faults.append(
+                    f"line {line}: {key.value} is given again, after line {seen[key.value]}; "
+                    "keep one"
+                )
+            seen[key.value] = line
+        return {k.value: self.construct_object(v, deep=True) for k, v in node.value}  # type: ignore[no-untyped-call]
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: Any = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
+            _CORE + _tag,
+            re.compile(f"(?:{_pattern})$"),
+            ["" if c == "\0" else c for c in _first],
+        )
+
+
+def _parse(text: str) -> tuple[Any, list[str]]:
+    """The value of YAML text, and what is wrong with it."""
+    try:
+        loader = _Loader(text)
+        return loader.get_single_data(), loader.faults
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        context = f" ({error.context})" if error.context else ""
+        return None, [f"{place}{error.problem}{context}"]
+    except yaml.reader.ReaderError as error:
+        return None, [f"character {error.position + 1} is {error.character!r}: not allowed in YAML"]
+    except RecursionError:
+        return None, ["mappings and lists are nested too deeply"]
+
+
+def _text(recipe: str | Path) -> str:
+    """The text of a shipped recipe or of a file."""
+    name, known = str(recipe), shipped()
+    path = Path(recipe)
+    if name in known:
+        path = _FOLDER / f"{name}.yaml"
+    elif not path.is_file():
+        plain = name.removesuffix(".yaml").removesuffix(".yml")
+        hint = did_you_mean(plain, known)
+        looks_like_a_file = isinstance(recipe, Path) or name.endswith(_SUFFIXES)
+        if looks_like_a_file or path.is_absolute() or name.startswith((".", "~")):
+            raise StorageError(f"recipe {name}: no such file{hint}; {_own_or_shipped(known)}")
+        raise RecipeError([f"no recipe is named {_show(name)}{hint}; {_own_or_shipped(known)}"])
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise StorageError(f"recipe {name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise RecipeError(["the file is not UTF-8 text"], name) from None
+
+
+def _own_or_shipped(known: Iterable[str]) -> str:
+    return f"give the path of a .yaml file, or one of {', '.join(known)}"
+
+
+# --- from plain mappings to a recipe
+
+
+def _resolve(
+    raw: dict[str, Any],
+    overrides: Sequence[str],
+    source: str,
+    allow_code: bool,
+    faults: list[str],
+) -> Recipe:
+    raw = _expanded(raw)
+    original = copy.deepcopy(raw)
+    given = [path for o in overrides if (path := _override(raw, o, faults))]
+    raw = _expanded(raw)
+    notes = _drop_what_no_longer_fits(raw, original, given)
+    derived = raw.get("schedule_epochs") is None
+    if derived:
+        # {} is "the published lengths", said so that a second loading does not take them anew
+        # from an `epochs` that was overridden.
+        epochs = original.get("epochs")
+        raw["schedule_epochs"] = {} if epochs is None else epochs
+    try:
+        recipe = Recipe.model_validate(raw, context={"allow_code": allow_code})
+    except ValidationError as error:
+        for e in error.errors():
+            loc = e["loc"]
+            if derived and loc[:1] == ("schedule_epochs",):
+                loc = ("epochs", *loc[1:])
+            faults.append(f"{'.'.join(map(str, loc)) or 'the recipe'} {e['msg']}")
+    faults.extend(_network_faults(raw))
+    if faults:
+        raise RecipeError(list(dict.fromkeys(faults)), source)
+    recipe.notes.extend(notes)
+    return recipe
+
+
+def _expanded(raw: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with {name: x} for each bare x that names something."""
+
+    def named(value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def optimizer(value: Any) -> Any:
+        value = named(value)
+        if isinstance(value, dict) and "schedule" in value:
+            return {**value, "schedule": named(value["schedule"])}
+        return value
+
+    raw = dict(raw)
+    for key in ("method", "data"):
+        if key in raw:
+            raw[key] = named(raw[key])
+    for key in ("students", "teachers"):
+        if isinstance(raw.get(key), list):
+            raw[key] = [named(v) for v in raw[key]]
+    if isinstance(raw.get("optimizers"), dict):
+        raw["optimizers"] = {k: optimizer(v) for k, v in raw["optimizers"].items()}
+    return raw
+
+
+_Path = tuple[str | int, ...]
+_T = TypeVar("_T")
+
+
+def _override(raw: dict[str, Any], override: str, faults: list[str]) -> _Path | None:
+    """Carry out `key.sub=value`; the path it set, None where it cannot be carried out."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    parts = key.split(".")
+    if not equals:
+        faults.append(f"override {_show(override)} has no =; write key=value, such as epochs=10")
+        return None
+    if not all(parts):
+        what = "an empty part in its key" if key else "no key"
+        faults.append(f"override {_show(override)} has {what}; write key=value, such as epochs=10")
+        return None
+    value, wrong = _parse(text)
+    if wrong:
+        faults.extend(f"override {key}={text}: {w}" for w in wrong)
+        return None
+    try:
+        return _set(raw, parts, value)
+    except LookupError as error:
+        faults.append(f"override {key}: {error.args[0]}")
+        return None
+
+
+def _set(root: dict[str, Any], parts: list[str], value: Any) -> _Path:
+    """Set the value at a dotted key; mappings that are null or absent are made on the way."""
+    node: Any = root
+    path: _Path = ()
+    while True:
+        here = ".".join(map(str, path))
+        head: str | int
+        if isinstance(node, list):
+            head, parts = _entry(node, here, parts[0]), parts[1:]
+        elif isinstance(node, dict):
+            # The key of an optimiser may itself have a dot: "phase.update".
+            size = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), 1)
+            head, parts = ".".join(parts[:size]), parts[size:]
+        else:
+            raise LookupError(f"{here} is {_show(node)}, which has no keys below it")
+        path = (*path, head)
+        if not parts:
+            node[head] = value
+            return path
+        if isinstance(node, dict) and node.get(head) is None:
+            node[head] = {}
+        if path in (("epochs",), ("schedule_epochs",)) and type(node[head]) is int:
+            node[head] = {SHARED: node[head]}
+        node = node[head]
+
+
+def _entry(node: list[Any], here: str, part: str) -> int:
+    if part.isdecimal() and int(part) < len(node):
+        return int(part)
+    count = len(node)
+    if count == 0:
+        raise LookupError(f"{here} is empty, so there is no {here}.{part}; set {here}=[...] whole")
+    last = f"0 to {count - 1}" if count > 1 else "0"
+    raise LookupError(f"{here} has no entry {part}; its entries are numbered {last}")
+
+
+def _drop_what_no_longer_fits(
+    raw: dict[str, Any], original: dict[str, Any], given: Sequence[_Path]
+) -> list[str]:
+    """Drop the file's arguments of what an override replaced by another; notes that say so.
+
+    An argument that an override gave stays, and is a fault where it does not fit.
+    """
+    places: list[tuple[str, _Path]] = [("method", ("method",))]
+    for update in raw["optimizers"] if isinstance(raw.get("optimizers"), dict) else ():
+        places.append(("optimizer", ("optimizers", update)))
+        places.append(("schedule", ("optimizers", update, "schedule")))
+    notes = []
+    for kind, path in places:
+        new, old = _at(raw, path), _at(original, path)
+        if not isinstance(new, dict) or not isinstance(old, dict) or any(
+            path[: len(g)] == g for g in given
+        ):
+            continue
+        name = new.get("name")
+        if name == old.get("name") or name not in [*_choices(kind)]:
+            continue
+        fields = _choice_model(kind, name).model_fields
+        kept = [k for k in new if k in old and (*path, k) not in given]
+        base = Optimizer if kind == "optimizer" else Choice
+        dropped = [k for k in kept if k not in fields]
+        stays = [k for k in kept if k in fields and k not in base.model_fields]
+        for k in dropped:
+            del new[k]
+        said = f"{'.'.join(map(str, path))}.name={name}"
+        if dropped:
+            notes.append(f"{said} drops {', '.join(dropped)}, which {name} does not take")
+        if changed := [f"{k} {_show(new[k])}" for k in stays if new[k] != fields[k].default]:
+            notes.append(
+                f"{said} keeps the recipe's {', '.join(changed)}, which differ from the defaults "
+                f"of {name}"
+            )
+    return notes
+
+
+def _at(root: Any, path: _Path) -> Any:
+    for part in path:
+        root = root.get(part) if isinstance(root, dict) else None
+    return root
+
+
+def _network_faults(raw: Mapping[str, Any]) -> list[str]:
+    """How many students and teachers the method wants, and teachers without weights.
+
+    On plain mappings, so that these are reported together with whatever else is wrong.
+    """
+    from potstill.method import wrong_count
+    from potstill.methods import METHODS
+    from potstill.models import MODELS
+
+    faults = []
+    name = _at(raw, ("method", "name"))
+    method = METHODS.get(name) if isinstance(name, str) else None
+    teachers = raw.get("teachers", [])
+    if method is not None:
+        for role, (low, high) in (
+            ("student", method.students_needed),
+            ("teacher", method.teachers_needed),
+        ):
+            key = f"{role}s"
+            networks = raw.get(key, [] if key == "teachers" else None)
+            if isinstance(networks, list) and (
+                fault := wrong_count(role, len(networks), low, high)
+            ):
+                instead = f" ({key}=[])" if high == 0 else ""
+                faults.append(f"{key}: method {name} {fault}{instead}")
+        if method.teachers_needed[1] == 0:
+            return faults
+    for i, teacher in enumerate(teachers if isinstance(teachers, list) else ()):
+        if (
+            isinstance(teacher, dict)
+            and teacher.get("weights") is None
+            and teacher.get("name") in [*MODELS]
+        ):
+            key = f"teachers.{i}.weights"
+            faults.append(f"{key} is null: give the teacher's weights, {key}=PATH")
+    return faults

@@ -65,8 +65,8 @@ def epoch_line(record: Mapping[str, Any]) -> str:
 class Plain:
     """Plain lines: every epoch, and every half minute within one."""
 
-    def __init__(self, console: Console, prefix: str = "") -> None:
-        self.console, self.prefix = console, prefix
+    def __init__(self, console: Console, prefix: str = "", brief: bool = False) -> None:
+        self.console, self.prefix, self.brief = console, prefix, brief
         self.speed = Speed(seconds=60.0)
         self.last = time.monotonic()
 
@@ -78,6 +78,8 @@ class Plain:
 
     def say(self, line: str) -> None:
         """Print one line as it is."""
+        if self.brief:
+            return
         self.console.print(self.prefix + line, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, done: int, total: int, moment: Moment) -> None:
@@ -97,8 +99,8 @@ class Plain:
 class Live:
     """A line that is redrawn in place on a terminal, with the epochs above it."""
 
-    def __init__(self, console: Console, prefix: str = "") -> None:
-        self.console, self.prefix = console, prefix
+    def __init__(self, console: Console, prefix: str = "", brief: bool = False) -> None:
+        self.console, self.prefix, self.brief = console, prefix, brief
         self.progress = Progress(
             BarColumn(bar_width=20),
             TaskProgressColumn(),
@@ -125,6 +127,8 @@ class Live:
 
     def say(self, line: str) -> None:
         """Print one line above the bar."""
+        if self.brief:
+            return
         self.console.print(self.prefix + line, markup=False, highlight=False)
 
     def step(self, done: int, total: int, moment: Moment) -> None:
@@ -154,8 +158,13 @@ def _standing(done: int, total: int, moment: Moment, speed: Speed) -> list[str]:
     ]
 
 
-def watcher(console: Console, prefix: str = "", quiet: bool = False) -> Plain | Live:
-    """The display that fits the console; `quiet` (ranks other than 0) prints nothing."""
+def watcher(
+    console: Console, prefix: str = "", quiet: bool = False, brief: bool = False
+) -> Plain | Live:
+    """The display that fits the console.
+
+    `brief` leaves out everything but the live bar; `quiet` (ranks other than 0) that too.
+    """
     if quiet:
         return Plain(Console(quiet=True))
-    return Live(console, prefix) if console.is_terminal else Plain(console, prefix)
+    return (Live if console.is_terminal else Plain)(console, prefix, brief)

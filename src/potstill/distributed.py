@@ -58,7 +58,7 @@ def sum_(tensors: Sequence[Tensor]) -> None:
         bucket = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.all_reduce(flat)
-        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        for t, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
             t.copy_(part.view(t.shape))
 
 
@@ -112,7 +112,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
@@ -127,7 +127,7 @@ def gather(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    return _Gather.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(x)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def broadcast_(module: nn.Module) -> None:

@@ -203,9 +203,14 @@ class Method(nn.Module):
         self.data = data
 
     @property
+    def nets(self) -> list[Net]:
+        """The students, typed."""
+        return list(self.students)  # type: ignore[arg-type]
+
+    @property
     def student(self) -> Net:
         """The first student: the only one for most methods."""
-        return self.students[0]  # type: ignore[return-value]
+        return self.nets[0]
 
     @property
     def reads(self) -> frozenset[str]:
@@ -248,7 +253,7 @@ class Method(nn.Module):
         """What is evaluated, saved and exported, by name: modules from image to logits."""
         if len(self.students) == 1:
             return {"student": self.student.predictor()}
-        return {f"student{i}": s.predictor() for i, s in enumerate(self.students)}  # type: ignore[operator]
+        return {f"student{i}": s.predictor() for i, s in enumerate(self.nets)}
 
 
 def wrong_count(role: str, given: int, low: int, high: int | None) -> str:

@@ -210,6 +210,14 @@ class Net(_Wrapper):
         head = {id(p) for p in self.classifier.parameters()}
         return (p for p in self.parameters() if id(p) not in head)
 
+    def close(self) -> None:
+        """Remove this Net's hooks, so that the module is again as it was given."""
+        for module in self.module.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key, hook in list(hooks.items()):
+                    if isinstance(hook, _Recorder) and hook.tape is self._tape:
+                        del hooks[key]
+
     def shape_of(self, tap: str) -> torch.Size:
         """Shape of a feature without the batch axis. Raises TapError naming the taps that exist."""
         if tap not in self.shapes:

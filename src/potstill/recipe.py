@@ -15,8 +15,9 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Lt
@@ -52,7 +53,7 @@ Epochs = Count | dict[str, Count]
 
 
 def _plain(message: str) -> PydanticCustomError:
-    return PydanticCustomError(_PLAIN, message)  # type: ignore[arg-type]  # literal strings only
+    return PydanticCustomError(_PLAIN, message)
 
 
 class Part(BaseModel):
@@ -100,8 +101,8 @@ def _network_name(name: str, info: ValidationInfo) -> str:
     if name in MODELS or name.startswith(_ELSEWHERE) or (name and Path(name).exists()):
         return name
     raise _plain(
-        f"is {_show(name)}, which is no model and no file{did_you_mean(name, MODELS)}; "
-        f"allowed: {', '.join(MODELS)}, {', '.join(f'{p}...' for p in _ELSEWHERE)}, or a path"
+        f"is {_show(name)}, which is no model and no file{_allowed(name, MODELS)}, "
+        f"{', '.join(f'{p}...' for p in _ELSEWHERE)}, or a path"
     )
 
 
@@ -236,6 +237,12 @@ def _device(name: str) -> str:
     return name
 
 
+def _some(optimizers: dict[str, Optimizer]) -> dict[str, Optimizer]:
+    if not optimizers:
+        raise _plain("is empty; give at least one, such as optimizers.default={name: sgd, lr: 0.1}")
+    return optimizers
+
+
 class Recipe(Part):
     """Everything that determines a training."""
 
@@ -244,8 +251,12 @@ class Recipe(Part):
     method: Annotated[SerializeAsAny[Choice], BeforeValidator(partial(_choose, "method"))]
     """The method's name and the arguments of its constructor."""
     data: Data
-    optimizers: dict[
-        str, Annotated[SerializeAsAny[Optimizer], BeforeValidator(partial(_choose, "optimizer"))]
+    optimizers: Annotated[
+        dict[
+            str,
+            Annotated[SerializeAsAny[Optimizer], BeforeValidator(partial(_choose, "optimizer"))],
+        ],
+        AfterValidator(_some),
     ]
     """By the update they carry out: its name, or phase.update, or default for all others."""
     epochs: Epochs | None = None
@@ -272,7 +283,7 @@ class Recipe(Part):
         return self._notes
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+        return isinstance(other, Recipe) and self.to_yaml() == other.to_yaml()
 
     def to_yaml(self) -> str:
         """Text that loads to an equal recipe."""
@@ -286,9 +297,7 @@ class Recipe(Part):
         )
 
 
-def load(
-    recipe: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False
-) -> Recipe:
+def load(recipe: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Recipe:
     """A shipped recipe by name, or one in a .yaml file, with `key.sub=value` overrides.
 
     Raises RecipeError with every fault, StorageError for a file that cannot be read.
@@ -332,12 +341,10 @@ def resolve(
 
 def shipped() -> dict[str, str]:
     """Every recipe that comes with Potstill: its name, and its first line's description."""
-    files = sorted(_FOLDER.rglob("*.yaml"))
+    files = {f.relative_to(_FOLDER).with_suffix("").as_posix(): f for f in _FOLDER.rglob("*.yaml")}
     return {
-        f.relative_to(_FOLDER).with_suffix("").as_posix(): f.read_text("utf-8")
-        .partition("\n")[0]
-        .lstrip("# ")
-        for f in files
+        name: files[name].read_text("utf-8").partition("\n")[0].lstrip("# ")
+        for name in sorted(files)
     }
 
 
@@ -362,8 +369,7 @@ def phase_epochs(
     total = named.pop(SHARED, None)
     phases = ", ".join(published)
     faults = [
-        f"{key}.{phase} is no phase of this method{did_you_mean(phase, published)}; "
-        f"allowed: {phases}"
+        f"{key}.{phase} is no phase of this method{_allowed(phase, published)}"
         for phase in named
         if phase not in published
     ]
@@ -392,28 +398,28 @@ def _share(published: Mapping[str, int], total: int) -> dict[str, int]:
 
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe, with every method's, optimiser's and schedule's arguments."""
-    named: dict[str, Any] = {}
-    for kind in ("schedule", "optimizer", "method"):
-        models: Any = tuple(
-            create_model(
-                f"{kind}_{name}",
-                __base__=_choice_model(kind, name),
-                name=(Literal[name], ...),
-                **({"schedule": (named["schedule"], "constant")} if kind == "optimizer" else {}),
+
+    def any_of(kind: str, **fields: Any) -> Any:
+        models = []
+        for name in _choices(kind):
+            fields["name"] = (Literal[name], ...)
+            base = _choice_model(kind, name)
+            models.append(
+                create_model(f"{kind}_{name}", __base__=base, __doc__=base.__doc__, **fields)
             )
-            for name in _choices(kind)
-        )
-        named[kind] = str | Annotated[Union[models], Field(discriminator="name")]  # noqa: UP007
-    recipe: Any = create_model(
-        "Recipe",
-        __base__=Recipe,
-        students=(list[str | Network], ...),
-        teachers=(list[str | Network], []),
-        data=(str | Data, ...),
-        method=(named["method"], ...),
-        optimizers=(dict[str, named["optimizer"]], ...),
-    )
-    return recipe.model_json_schema()  # type: ignore[no-any-return]
+        union: Any = Union[tuple(models)]  # noqa: UP007  # of a number known at run time only
+        return str | Annotated[union, Field(discriminator="name")]
+
+    schedule = any_of("schedule")
+    optimizer = any_of("optimizer", schedule=(schedule, "constant"))
+    fields: dict[str, Any] = {
+        "students": (list[str | Network], ...),
+        "teachers": (list[str | Network], []),
+        "data": (str | Data, ...),
+        "method": (any_of("method"), ...),
+        "optimizers": (types.GenericAlias(dict, (str, optimizer)), ...),
+    }
+    return create_model("Recipe", __base__=Recipe, **fields).model_json_schema()
 
 
 # --- what a name stands for
@@ -431,7 +437,7 @@ def _choices(kind: str) -> Mapping[str, Callable[..., Any]]:
 
 
 def _ascending(milestones: list[float]) -> list[float]:
-    if any(b <= a for a, b in zip(milestones, milestones[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(milestones)):
         raise _plain(f"must be in ascending order, each once, not {_show(milestones)}")
     return milestones
 
@@ -463,7 +469,7 @@ def _choice_model(kind: str, name: str) -> type[Choice]:
 @cache
 def _signature_model(kind: str, name: str, target: Callable[..., Any]) -> type[Choice]:
     """A model of the arguments that a recipe may give to a method, optimiser or schedule."""
-    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    function = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(function, include_extras=True)
     given_elsewhere = ("self", "students", "teachers", "data", "parameters")
     fields: dict[str, Any] = {}
@@ -477,7 +483,7 @@ def _signature_model(kind: str, name: str, target: Callable[..., Any]) -> type[C
         hint = _as_yaml(hints[key], _LIMITS[kind].get(key, ()))
         if key == "milestones":
             hint = Annotated[hint, AfterValidator(_ascending)]
-        if get_origin(hint) is not tuple and isinstance(default, tuple):
+        if get_origin(_bare(hint)) is not tuple and isinstance(default, tuple):
             default = list(default)
         fields[key] = (hint, ... if default is parameter.empty else default)
     base = Optimizer if kind == "optimizer" else Choice
@@ -488,11 +494,11 @@ def _as_yaml(hint: Any, limits: Sequence[Any]) -> Any:
     """A Python type as YAML writes it: sequences are lists, numbers are within limits."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return Annotated[(_as_yaml(inner[0], limits), *inner[1:])]  # type: ignore[return-value]
-    parts = tuple(a if a is Ellipsis else _as_yaml(a, limits) for a in inner)
+        return Annotated[(_as_yaml(inner[0], limits), *inner[1:])]
+    parts = tuple(_as_yaml(a, limits) for a in inner if a is not Ellipsis)
     if origin in (Union, types.UnionType):
         return Union[parts]  # noqa: UP007
-    if origin in (list, Sequence):
+    if origin in (list, Sequence) or (origin is tuple and inner[-1] is Ellipsis):
         return list[parts]  # type: ignore[valid-type]
     if origin is tuple:
         return Annotated[tuple[parts], Strict(False)]  # type: ignore[valid-type]
@@ -508,11 +514,12 @@ def _show(value: Any) -> str:
 
 
 def _unknown(name: str, kind: str, allowed: Iterable[str]) -> str:
-    allowed = list(allowed)
-    return (
-        f"is {_show(name)}, which is no {kind}{did_you_mean(name, allowed)}; "
-        f"allowed: {', '.join(allowed)}"
-    )
+    return f"is {_show(name)}, which is no {kind}{_allowed(name, allowed)}"
+
+
+def _allowed(given: str, names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{did_you_mean(given, names) or ';'} allowed: {', '.join(names)}"
 
 
 def _reworded(
@@ -532,13 +539,15 @@ def _in_words(
         return loc, f"must be {_describe(model)}, not {_show(value)}"
     key = str(loc[0])
     if kind == "extra_forbidden":
-        return loc, f"is unknown{did_you_mean(key, fields)}; allowed: {', '.join(fields)}"
+        return loc, f"is unknown{_allowed(key, fields)}"
     field = fields[key]
-    hint: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else (
-        field.annotation
+    hint: Any = (
+        Annotated[(field.annotation, *field.metadata)] if field.metadata else (field.annotation)
     )
-    if kind == "missing":
+    if kind == "missing" and len(loc) == 1:
         return loc, f"is missing; give {_describe(hint)}"
+    if kind == "missing":
+        loc = loc[:-1]  # a list that is too short
     depth, given = 1, value[key]
     for step in loc[1:]:
         options = [o for o in _options(hint) if o is not type(None)]
@@ -574,15 +583,15 @@ def _describe(hint: Any) -> str:
         *first, last = map(str, inner)
         return f"{', '.join(first)} or {last}" if first else last
     if origin is list:
-        return f"a list, each entry {_describe(inner[0])}"
+        return f"a list whose entries are each {_describe(inner[0])}"
     if origin is tuple:
-        return f"a list of {len(inner)}, each entry {_describe(inner[0])}"
+        return f"a list of {len(inner)} entries that are each {_describe(inner[0])}"
     if origin is dict:
-        return f"a mapping from names to {_describe(inner[1])}"
+        return f"a mapping whose values are each {_describe(inner[1])}"
     if inspect.isclass(bare) and issubclass(bare, Part):
-        keys = bare.model_fields
-        shape = "name: ..." if "name" in keys else ", ".join(f"{k}: ..." for k in keys)
-        return f"a mapping such as {{{shape}}}"
+        if "name" in bare.model_fields:
+            return "a name or a mapping such as {name: ...}"
+        return f"a mapping such as {{{', '.join(f'{k}: ...' for k in bare.model_fields)}}}"
     words = [
         f"{word} {getattr(limit, attribute)}"
         for limit in limits
@@ -624,7 +633,7 @@ _RESOLVERS: list[tuple[str, str, str]] = [
 class _Loader(yaml.SafeLoader):
     """Plain mappings, lists and scalars only; duplicate keys are collected as faults."""
 
-    yaml_implicit_resolvers: Any = {}
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012  # starts empty, not with PyYAML's own
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -635,7 +644,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             what = f"the alias *{event.anchor}"
         elif event.tag is not None:
-            what = f"the tag {event.tag}"
+            what = f"the tag {event.tag.replace(_CORE, '!!')}"
         else:
             return super().compose_node(parent, index)
         raise yaml.MarkedYAMLError(
@@ -658,11 +667,11 @@ class _Loader(yaml.SafeLoader):
                     "keep one"
                 )
             seen[key.value] = line
-        return {k.value: self.construct_object(v, deep=True) for k, v in node.value}  # type: ignore[no-untyped-call]
+        return {k.value: self.construct_object(v, deep=True) for k, v in node.value}
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: Any = {}
+    yaml_implicit_resolvers: Any = {}  # noqa: RUF012  # starts empty, not with PyYAML's own
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -670,11 +679,24 @@ class _Dumper(yaml.SafeDumper):
 
 for _tag, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        _class.add_implicit_resolver(
             _CORE + _tag,
             re.compile(f"(?:{_pattern})$"),
             ["" if c == "\0" else c for c in _first],
         )
+
+
+_PROBLEMS = (  # what PyYAML says, and what a person can do about it
+    ("<stream end>", "the text ends inside [...] or {...}; close the bracket"),
+    ("expected ',' or", "a comma or a closing bracket is missing before this place"),
+    ("unexpected end of stream", "the text ends inside quotes; close them"),
+    ("<block end>", "this line does not belong to what is above it; check the indentation"),
+    (r"'\t' that cannot start", "a tab; indent with spaces"),
+    ("cannot start any token", "text cannot begin with this character; put the text in quotes"),
+    ("mapping values are not allowed", "a second ': ' on the line; put the text in quotes"),
+    ("could not find expected ':'", "a key without ': '; write key: value"),
+    ("expected alphabetic or numeric", "text cannot begin with * or &; put it in quotes"),
+)
 
 
 def _parse(text: str) -> tuple[Any, list[str]]:
@@ -685,10 +707,11 @@ def _parse(text: str) -> tuple[Any, list[str]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        context = f" ({error.context})" if error.context else ""
-        return None, [f"{place}{error.problem}{context}"]
+        problem = next((w for p, w in _PROBLEMS if p in (error.problem or "")), error.problem)
+        return None, [f"{place}{problem}"]
     except yaml.reader.ReaderError as error:
-        return None, [f"character {error.position + 1} is {error.character!r}: not allowed in YAML"]
+        code = f"U+{error.character:04X}"
+        return None, [f"character {error.position + 1} ({code}) is not allowed in YAML; remove it"]
     except RecursionError:
         return None, ["mappings and lists are nested too deeply"]
 
@@ -697,25 +720,29 @@ def _text(recipe: str | Path) -> str:
     """The text of a shipped recipe or of a file."""
     name, known = str(recipe), shipped()
     path = Path(recipe)
-    if name in known:
+    if name in known and not isinstance(recipe, Path):
         path = _FOLDER / f"{name}.yaml"
     elif not path.is_file():
-        plain = name.removesuffix(".yaml").removesuffix(".yml")
-        hint = did_you_mean(plain, known)
-        looks_like_a_file = isinstance(recipe, Path) or name.endswith(_SUFFIXES)
-        if looks_like_a_file or path.is_absolute() or name.startswith((".", "~")):
-            raise StorageError(f"recipe {name}: no such file{hint}; {_own_or_shipped(known)}")
-        raise RecipeError([f"no recipe is named {_show(name)}{hint}; {_own_or_shipped(known)}"])
+        hint = did_you_mean(name.removesuffix(".yaml").removesuffix(".yml"), known)
+        if path.is_dir() and not hint:
+            raise StorageError(f"recipe {name} is a folder; give a .yaml file, such as recipe.yaml")
+        if isinstance(recipe, Path) or name.endswith(_SUFFIXES) or name.startswith((".", "/", "~")):
+            raise StorageError(
+                f"recipe {name}: no such file{hint or ';'} check the path, or give a name that "
+                "'potstill list recipes' shows"
+            )
+        raise RecipeError(
+            [
+                f"no recipe is named {_show(name)}{_allowed(name, known)}, or the path of a .yaml "
+                "file"
+            ]
+        )
     try:
         return path.read_text("utf-8-sig")
     except OSError as error:
         raise StorageError(f"recipe {name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:
         raise RecipeError(["the file is not UTF-8 text"], name) from None
-
-
-def _own_or_shipped(known: Iterable[str]) -> str:
-    return f"give the path of a .yaml file, or one of {', '.join(known)}"
 
 
 # --- from plain mappings to a recipe
@@ -730,9 +757,12 @@ def _resolve(
 ) -> Recipe:
     raw = _expanded(raw)
     original = copy.deepcopy(raw)
-    given = [path for o in overrides if (path := _override(raw, o, faults))]
-    raw = _expanded(raw)
-    notes = _drop_what_no_longer_fits(raw, original, given)
+    given = []
+    for override in overrides:
+        if path := _override(raw, override, faults):
+            given.append(path)
+            raw = _expanded(raw)  # the next override may reach into this one's value
+    notes = [*_replaced(raw, original, given), *_drop_what_no_longer_fits(raw, original, given)]
     derived = raw.get("schedule_epochs") is None
     if derived:
         # {} is "the published lengths", said so that a second loading does not take them anew
@@ -750,7 +780,7 @@ def _resolve(
     faults.extend(_network_faults(raw))
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)), source)
-    recipe.notes.extend(notes)
+    recipe.notes.extend([*notes, *_never_reached(recipe)])
     return recipe
 
 
@@ -779,7 +809,6 @@ def _expanded(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 _Path = tuple[str | int, ...]
-_T = TypeVar("_T")
 
 
 def _override(raw: dict[str, Any], override: str, faults: list[str]) -> _Path | None:
@@ -837,8 +866,8 @@ def _entry(node: list[Any], here: str, part: str) -> int:
     count = len(node)
     if count == 0:
         raise LookupError(f"{here} is empty, so there is no {here}.{part}; set {here}=[...] whole")
-    last = f"0 to {count - 1}" if count > 1 else "0"
-    raise LookupError(f"{here} has no entry {part}; its entries are numbered {last}")
+    entries = f"entries 0 to {count - 1}" if count > 1 else "only entry 0"
+    raise LookupError(f"{here} has no entry {part}; it has {entries}")
 
 
 def _drop_what_no_longer_fits(
@@ -855,8 +884,10 @@ def _drop_what_no_longer_fits(
     notes = []
     for kind, path in places:
         new, old = _at(raw, path), _at(original, path)
-        if not isinstance(new, dict) or not isinstance(old, dict) or any(
-            path[: len(g)] == g for g in given
+        if (
+            not isinstance(new, dict)
+            or not isinstance(old, dict)
+            or any(path[: len(g)] == g for g in given)
         ):
             continue
         name = new.get("name")
@@ -872,12 +903,42 @@ def _drop_what_no_longer_fits(
         said = f"{'.'.join(map(str, path))}.name={name}"
         if dropped:
             notes.append(f"{said} drops {', '.join(dropped)}, which {name} does not take")
-        if changed := [f"{k} {_show(new[k])}" for k in stays if new[k] != fields[k].default]:
-            notes.append(
-                f"{said} keeps the recipe's {', '.join(changed)}, which differ from the defaults "
-                f"of {name}"
-            )
+        kept_words = [
+            f"{k} {_show(new[k])}"
+            + ("" if fields[k].is_required() else f" (default of {name}: {fields[k].default})")
+            for k in stays
+            if new[k] != fields[k].default
+        ]
+        if kept_words:
+            notes.append(f"{said} keeps the recipe's {', '.join(kept_words)}")
     return notes
+
+
+def _replaced(raw: dict[str, Any], original: dict[str, Any], given: Sequence[_Path]) -> list[str]:
+    """Notes on what the file said in mappings that an override replaced as a whole."""
+    notes = []
+    for path in given:
+        new, old = _at(raw, path), _at(original, path)
+        if isinstance(new, dict) and isinstance(old, dict):
+            key = ".".join(map(str, path))
+            if gone := [f"{k} {_show(v)}" for k, v in old.items() if k not in new]:
+                notes.append(
+                    f"{key}=... replaces all of {key}, with the recipe's {', '.join(gone)}"
+                )
+    return notes
+
+
+def _never_reached(recipe: Recipe) -> list[str]:
+    """Notes on milestones that lie beyond the epochs that they are counted in."""
+    length = recipe.schedule_epochs
+    if not isinstance(length, int):
+        return []
+    return [
+        f"optimizers.{update}.schedule.milestones: {', '.join(f'{m:g}' for m in beyond)} of "
+        f"{length} epochs is never reached"
+        for update, optimizer in recipe.optimizers.items()
+        if (beyond := [m for m in getattr(optimizer.schedule, "milestones", []) if m >= length])
+    ]
 
 
 def _at(root: Any, path: _Path) -> Any:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from potstill import files
 from potstill.errors import PotstillError, StorageError, did_you_mean
@@ -64,6 +64,8 @@ class Run:
         self.directory = directory
         self._memory: dict[str, bytearray] = {}
         self._predictors: dict[str, str] = {}  # sha256 of those saved by this process, by file
+        self.students: list[nn.Module] = []
+        """The trained modules, where this process trained them."""
 
     @classmethod
     def create(
@@ -99,6 +101,13 @@ class Run:
             hint = f"; runs inside it: {', '.join(inside)}" if inside else "; check the path"
             raise PotstillError(f"{directory} is not a run: {what}{hint}")
         return cls(directory)
+
+    @property
+    def student(self) -> nn.Module:
+        """The trained student. Raises PotstillError for a run that this process only opened."""
+        if not self.students:
+            raise PotstillError("this run was not trained here; load_predictor() reads its weights")
+        return self.students[0]
 
     @property
     def recipe(self) -> str:

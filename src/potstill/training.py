@@ -24,7 +24,7 @@ from potstill.methods import METHODS
 from potstill.models import weights as model_weights
 from potstill.net import Net, Predictor, own_statistics
 from potstill.optim import OPTIMIZERS, SCHEDULES, OptimizerPlan
-from potstill.recipe import Recipe, phase_epochs
+from potstill.recipe import Recipe, loads, phase_epochs
 from potstill.run import Run, describe_environment, differences
 from potstill.seeds import seed_of
 
@@ -99,16 +99,30 @@ class Assembled:
 def assemble(recipe: Recipe) -> Assembled:
     """Build data, networks and method of a recipe. Raises PotstillError for what does not fit."""
     device = choose_device(recipe.device)
-    settings = recipe.data.model_dump(exclude={"name", "batch_size", "drop_last"})
-    data = datasets.load(recipe.data.name, **settings, device=device)
-    students, teachers, teacher_classes = [], [], []
+    data = load_data(recipe, device)
+    students = []
     for i, network in enumerate(recipe.students):
         torch.manual_seed(seed_of(recipe.seed, "student", i))
-        students.append(_network(network, data, f"students.{i}")[0])
-    for i, network in enumerate(recipe.teachers):
-        net, classes = _network(network, data, f"teachers.{i}")
-        teachers.append(net)
-        teacher_classes.append(classes)
+        students.append(build_network(network, data, f"students.{i}")[0])
+    taught = [build_network(n, data, f"teachers.{i}") for i, n in enumerate(recipe.teachers)]
+    return put_together(recipe, data, students, taught, device)
+
+
+def load_data(recipe: Recipe, device: torch.device) -> datasets.Data:
+    """The data set of a recipe."""
+    settings = recipe.data.model_dump(exclude={"name", "batch_size", "drop_last"})
+    return datasets.load(recipe.data.name, **settings, device=device)
+
+
+def put_together(
+    recipe: Recipe,
+    data: datasets.Data,
+    students: Sequence[Net],
+    taught: Sequence[tuple[Net, Sequence[int]]],
+    device: torch.device,
+) -> Assembled:
+    """Method and pace from networks that are built; `taught` are teachers with their class ids."""
+    teachers, teacher_classes = [n for n, _ in taught], [c for _, c in taught]
     spec = data_spec(data.train, recipe.data.batch_size, recipe.data.drop_last, teacher_classes)
     torch.manual_seed(seed_of(recipe.seed, "method"))
     arguments = recipe.method.model_dump(exclude={"name"})
@@ -134,7 +148,7 @@ def assemble(recipe: Recipe) -> Assembled:
     )
 
 
-def _network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Sequence[int]]:
+def build_network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Sequence[int]]:
     """A recipe's network and the original ids of its classes, in label order."""
     name, source = network.name, network.weights
     found = model_weights.read(source) if source is not None else None
@@ -224,6 +238,59 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else None
 
 
+def train(recipe: Recipe, place: Path, watcher: Watcher, resume: bool = False) -> Run:
+    """Train a recipe into the directory `place`; the finished run.
+
+    With `resume` a run that is there already continues, or is returned if it has finished.
+    Raises PotstillError if one is there and `resume` is off, or if it has another recipe.
+    """
+    there = (place / "recipe.yaml").is_file()
+    distributed.barrier()  # every rank has looked before rank 0 makes it
+    if there and not resume:
+        Run.create(place, "", {})  # refuses, in words, before any work is done
+    if there:
+        run = Run.open(place)
+        _require_same_recipe(run, recipe)
+        if run.finished:
+            watcher.say(f"{place} has finished already")
+            return run
+    watcher.say(f"run: {place}")
+    job = assemble(recipe)
+    if not there:
+        if distributed.rank() == 0:
+            Run.create(place, recipe.to_yaml(), job.environment)
+        distributed.barrier()
+        run = Run.open(place)
+    carry_out(job, run, watcher)
+    return run
+
+
+def _require_same_recipe(run: Run, recipe: Recipe) -> None:
+    there = loads(run.recipe, source=f"{run.directory}/recipe.yaml", allow_code=True)
+    if there == recipe:
+        return
+    old, new = _flat(there.model_dump()), _flat(recipe.model_dump())
+    changes = [
+        f"{k} is {old.get(k)} there and {new.get(k)} here"
+        for k in {**old, **new}
+        if old.get(k) != new.get(k)
+    ]
+    raise PotstillError(
+        f"{run.directory} was started with another recipe: {'; '.join(changes)}; choose another "
+        "directory (--out), or the same settings"
+    )
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with dotted keys."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {key: value}
+    parts = (_flat(part, f"{key}.{name}".lstrip(".")) for name, part in value.items())
+    return {k: v for part in parts for k, v in part.items()}
+
+
 def carry_out(job: Assembled, run: Run, watcher: Watcher) -> dict[str, Any]:
     """Train to the end, from the run's newest checkpoint if it has one; the result.
 
@@ -257,13 +324,15 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> dict[str, Any]:
                 saved = time.monotonic()
                 if requested and not training.finished:
                     raise Interrupted(
-                        f"interrupted, and saved after step {training.done_steps} of {total}"
+                        f"interrupted, and saved after step {training.done_steps} of {total}; "
+                        "continue with --resume"
                     )
     result = _result(job, run.metrics, teachers)
     if main:
         for name, predictor in job.method.predictors().items():
             run.save_predictor(name, predictor.state_dict(), _about(job, predictor))
         run.finish(result)
+    distributed.barrier()  # every rank may read it now
     return result
 
 
@@ -381,8 +450,8 @@ def _parameters(module: nn.Module) -> int:
 def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
     """What a saved predictor needs to be used again: stored beside its weights."""
     split = job.data.train
-    mean, std, model = split.mean, split.std, None
-    for name, student in zip(job.names, job.method.students, strict=True):
+    mean, std, model = list(split.mean), list(split.std), None
+    for name, student in zip(job.names, job.method.nets, strict=True):
         if isinstance(predictor, Predictor) and predictor.module is student:
             model, (mean, std) = name, own_statistics(student, mean, std)
     return {
@@ -390,8 +459,8 @@ def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
         "data": job.data.name,
         "classes": list(split.classes),
         "class_names": job.data.class_names,
-        "mean": list(mean),
-        "std": list(std),
+        "mean": mean,
+        "std": std,
         "input_shape": list(split.input_shape),
     }
 
@@ -418,3 +487,55 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def evaluate_run(directory: Path) -> dict[str, Scores]:
+    """Test scores of a finished run's predictors, read back from its files.
+
+    Raises StorageError for a damaged file, PotstillError for a run that has not finished.
+    """
+    run = Run.open(directory)
+    recipe = loads(run.recipe, source=str(directory / "recipe.yaml"), allow_code=True)
+    if run.result is None:
+        raise PotstillError(f"{directory} has not finished; continue it with --resume")
+    stored = {name: run.load_predictor(name) for name in run.result["scores"]}
+    data = load_data(recipe, torch.device("cpu"))
+    if all(about["model"] is not None for _, about in stored.values()):
+        predictors = {
+            name: model_weights.network(
+                about["model"],
+                model_weights.ours(tensors, about, str(directory)),
+                len(about["classes"]),
+                data.test.input_shape,
+                data.test.mean,
+                data.test.std,
+            ).predictor()
+            for name, (tensors, about) in stored.items()
+        }
+    else:  # a predictor that is more than a network: its method knows how to build it
+        predictors = dict(assemble(recipe).method.predictors())
+        for name, (tensors, _) in stored.items():
+            predictors[name].load_state_dict(tensors)
+    return evaluate(predictors, data.test)
+
+
+def evaluate_weights(
+    model: str | None, weights: Path | None, dataset: str, root: Path | None
+) -> dict[str, Scores]:
+    """Test scores of trained weights on a named data set; `model` may be left out for our files."""
+    if weights is None:
+        raise PotstillError("--weights is missing: a model without weights is not worth measuring")
+    found = model_weights.read(weights)
+    name = model or found.model
+    if name is None:
+        raise NetworkError(f"{weights} does not say its architecture; add --model NAME")
+    data = datasets.load(dataset, root=root)
+    split = data.test
+    net = model_weights.network(
+        name, found, len(split.classes), split.input_shape, split.mean, split.std
+    )
+    if net.num_classes != len(split.classes):
+        raise NetworkError(
+            f"{weights} has {net.num_classes} classes, and {dataset} has {len(split.classes)}"
+        )
+    return evaluate({name: net.predictor()}, split)

@@ -42,8 +42,9 @@ class Resident(ImageSet):
         clean = padding * (2 * padding + 1) + padding
         super().__init__(n, (c, h, w), range(len(table)), clean, mean, std, views, device)
         # The pixel after the last is black: where the table points for zero padding.
-        stored = torch.zeros(n, h * w + 1, c, dtype=torch.uint8, device=self.device)
+        stored = torch.empty(n, h * w + 1, c, dtype=torch.uint8, device=self.device)
         stored[:, :-1] = pixels.reshape(n, h * w, c)
+        stored[:, -1] = 0
         self._stored = stored
         # int32 halves the index arithmetic, which costs more than the gather itself
         self._table = table.to(self.device, torch.int32)

@@ -17,16 +17,18 @@ from potstill.seeds import seed_of
 
 def window(labels: Tensor, classes: Sequence[int]) -> Tensor:
     """Positions of the images of these classes, ascending. (N,) -> (n,) int64"""
-    return torch.isin(labels, torch.tensor(list(classes), dtype=torch.int64)).nonzero().flatten()
+    wanted = torch.zeros(max(int(labels.max()), *classes) + 1, dtype=torch.bool)
+    wanted[list(classes)] = True
+    return wanted[labels].nonzero().flatten()
 
 
 def task_classes(
     classes: Sequence[int] | None, labels: Tensor, names: Sequence[str], test: Tensor
 ) -> list[int]:
-    """The task's original ids, ascending; all of them for None.
+    """The task's original ids, ascending; all of them for None. `labels` are the training set's.
 
-    Raises DataError for an id that does not exist or is given twice, for no class, and for a class
-    without a training or test image.
+    Raises DataError for an id that does not exist or is given twice, for no class, for a class
+    without a training image, and where there is no test image or a test label without a name.
     """
     chosen = list(range(len(names))) if classes is None else sorted(classes)
     if not chosen:
@@ -37,14 +39,20 @@ def task_classes(
         )
     if twice := sorted({c for c in chosen if chosen.count(c) > 1}):
         raise DataError(f"data.classes has {twice} more than once; give each id once")
-    for kind, given in (("training", labels), ("test", test)):
-        present = set(torch.unique(given).tolist())
-        if absent := [c for c in chosen if c not in present]:
-            some = ", ".join(f"{c} ({names[c]})" for c in absent[:5])
-            raise DataError(
-                f"no {kind} image of {len(absent)} of {len(chosen)} classes: {some}"
-                f"{' ...' if len(absent) > 5 else ''}; leave them out with data.classes"
-            )
+    count = torch.bincount(labels, minlength=len(names)).tolist()
+    if absent := [c for c in chosen if not count[c]]:
+        some = ", ".join(f"{c} ({names[c]})" for c in absent[:5])
+        raise DataError(
+            f"no training image of {len(absent)} of {len(chosen)} classes: {some}"
+            f"{' ...' if len(absent) > 5 else ''}; leave them out with data.classes"
+        )
+    if int(test.max()) >= len(names):
+        raise DataError(
+            f"a test image has class id {int(test.max())}, the training set has ids 0 to "
+            f"{len(names) - 1}; correct the test set"
+        )
+    if not len(window(test, chosen)):
+        raise DataError(f"no test image of any class of data.classes {chosen}; add some")
     return chosen
 
 
@@ -57,8 +65,8 @@ def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     if not 0 <= share < 1:
         raise DataError(f"data.validation is {share}; give a share of 0 or more and below 1")
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for c, positions in _shuffled("validation", labels):
-        count = max(1, round(share * len(positions))) if share else 0
+    for c, positions in _shuffled("validation", labels) if share else ():
+        count = max(1, round(share * len(positions)))
         if count >= len(positions):
             raise DataError(
                 f"data.validation is {share}, which takes all {len(positions)} training images of "
@@ -93,7 +101,7 @@ def subset(labels: Tensor, n: int) -> Tensor:
 def _shuffled(purpose: str, labels: Tensor) -> list[tuple[int, Tensor]]:
     """Each class with its positions in an order that depends on the class alone."""
     found = []
-    for c in torch.unique(labels).tolist():
+    for c in torch.bincount(labels).nonzero().flatten().tolist():
         positions = (labels == c).nonzero().flatten()
         fixed = torch.Generator().manual_seed(seed_of(purpose, c))
         found.append((c, positions[torch.randperm(len(positions), generator=fixed)]))

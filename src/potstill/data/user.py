@@ -110,8 +110,6 @@ def from_dataset(
     with preserved_randomness():
         seed_item(0, 0)
         image, _ = pair(train, 0, "train")
-        train_set: ImageSet
-        test_set: ImageSet
         if isinstance(image, Tensor) and image.is_floating_point():
             given = {"mean": mean is not None, "std": std is not None, "padding": padding != 0}
             given |= {"pad_mode": pad_mode != "zero", "flip": flip, "views": views is not None}
@@ -122,16 +120,17 @@ def from_dataset(
                 )
             if image.ndim != 3:
                 raise DataError(f"train[0] is {describe(image)}; expected shape (C, H, W)")
-            shape = (image.shape[0], image.shape[1], image.shape[2])
-            train_labels, test_labels = read_labels(train, "train"), read_labels(test, "test")
-            train_set = UserSet(
-                train, train_labels, shape, workers=workers, device=device, name="train"
-            )
-            test_set = UserSet(
-                test, test_labels, shape, workers=workers, device=device, name="test"
-            )
+            c, h, w = image.shape
+            sets = {
+                name: Labelled(
+                    UserSet(each, labels, (c, h, w), workers=workers, device=device, name=name),
+                    labels,
+                )
+                for name, each in (("train", train), ("test", test))
+                for labels in [read_labels(each, name)]
+            }
         else:
-            pixels, train_labels = read_bytes(train, "train")
+            pixels, labels = read_bytes(train, "train")
             test_pixels, test_labels = read_bytes(test, "test")
             if pixels.shape[1:] != test_pixels.shape[1:]:
                 raise DataError(
@@ -139,28 +138,29 @@ def from_dataset(
                     f"{tuple(test_pixels.shape[1:])} (H, W, C); all must have one size"
                 )
             own_mean, own_std = statistics(pixels)
-            own_mean = own_mean if mean is None else tuple(mean)
-            own_std = own_std if std is None else tuple(std)
-            train_set = Resident(
-                pixels,
-                mean=own_mean,
-                std=own_std,
-                padding=padding,
-                pad_mode=pad_mode,
-                flip=flip,
-                views=views,
-                device=device,
-            )
-            test_set = Resident(test_pixels, mean=own_mean, std=own_std, device=device)
-    count = int(torch.cat([train_labels, test_labels]).max()) + 1
+            scale: Any = {"mean": tuple(mean or own_mean), "std": tuple(std or own_std)}
+            augmented: Any = {"padding": padding, "pad_mode": pad_mode, "flip": flip}
+            images = Resident(pixels, **scale, **augmented, views=views, device=device)
+            sets = {
+                "train": Labelled(images, labels),
+                "test": Labelled(Resident(test_pixels, **scale, device=device), test_labels),
+            }
+    return assemble("user", sets, _class_names(train, sets), validation=validation)
+
+
+def _class_names(train: Any, sets: Mapping[str, Labelled]) -> list[str]:
+    """The dataset's own `classes` where they fit, else the ids as text."""
+    count = int(torch.cat([part.labels for part in sets.values()]).max()) + 1
+    present = torch.bincount(sets["train"].labels, minlength=count)
+    if absent := (present == 0).nonzero().flatten().tolist():
+        raise DataError(
+            f"labels run from 0 to {count - 1} and train has no image of {absent[:10]}; number the "
+            "classes 0..K-1 without a gap, each with a training image"
+        )
     own = getattr(train, "classes", None)
-    named = isinstance(own, Sequence) and len(own) == count
-    names = [str(n) for n in own] if named and own else [str(c) for c in range(count)]
-    sets = {
-        "train": Labelled(train_set, train_labels),
-        "test": Labelled(test_set, test_labels),
-    }
-    return assemble("user", sets, names, validation=validation)
+    if isinstance(own, Sequence) and len(own) == count:
+        return [str(name) for name in own]
+    return [str(c) for c in range(count)]
 
 
 def pair(dataset: Any, index: int, name: str) -> tuple[Any, int]:

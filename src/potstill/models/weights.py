@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,25 +42,24 @@ def read(path: str | Path) -> Weights:
     path = Path(path).expanduser()
     if path.is_dir():
         tensors, about = Run.open(path).load_predictor("student")
-        return _ours(tensors, about, str(path))
+        return ours(tensors, about, str(path))
     if not path.is_file():
         raise StorageError(f"no weights at {path}: no such file or run folder")
     if path.suffix == ".safetensors":
         tensors, text = load_tensors(path)
-        return _ours(tensors, {k: _from_json(v) for k, v in text.items()}, str(path))
+        return ours(tensors, {k: _from_json(v) for k, v in text.items()}, str(path))
     return Weights(_read_foreign(path), str(path))
 
 
 def _from_json(text: str) -> Any:
-    import json
-
     try:
         return json.loads(text)
     except ValueError:  # another program's metadata are plain text
         return text
 
 
-def _ours(tensors: Mapping[str, Tensor], about: Mapping[str, Any], source: str) -> Weights:
+def ours(tensors: Mapping[str, Tensor], about: Mapping[str, Any], source: str) -> Weights:
+    """Weights with what a saved predictor's metadata say of them."""
     known = ("model", "classes", "mean", "std", "input_shape")
     return Weights(tensors, source, **{k: about.get(k) for k in known}, about=dict(about))
 

@@ -1,0 +1,223 @@
+"""The command line. Heavy imports wait until a command needs them: --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from potstill.errors import PotstillError
+
+if TYPE_CHECKING:
+    from potstill.recipe import Recipe
+    from potstill.run import Run
+
+app = typer.Typer(
+    name="potstill",
+    help="Knowledge distillation of image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_STORAGE = 3
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one message and an exit code, never a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        app(standalone_mode=True)
+    except PotstillError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted before anything could be saved since the last checkpoint", 130)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", EXIT_STORAGE)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"potstill: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *rest: Any, **named: Any) -> None:
+    print(f"potstill: warning: {message}", file=sys.stderr)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 3,
+) -> None:
+    """Teacher, plain student and distilled students on real images that come along: 3 minutes."""
+    from rich.console import Console
+
+    from potstill import demo
+
+    demo.demonstrate(out, seeds, Console())
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe (potstill list recipes), or a .yaml.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="epochs=10 data.root=DIR")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with consecutive seeds.")] = 1,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let the recipe import py:module:factory.")
+    ] = False,
+) -> None:
+    """Train one recipe, from its newest checkpoint with --resume.
+
+    potstill train cifar100/kd-resnet56-resnet20 teachers.0.weights=PATH epochs=10
+    """
+    from rich.console import Console
+
+    from potstill import display, distributed, report, training
+    from potstill import recipe as recipes
+
+    overrides = list(overrides or [])
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        overrides, recipe = [recipe, *overrides], None
+    if recipe is None:
+        if not resume or overrides or seeds > 1:
+            raise PotstillError(
+                "name a recipe: potstill train RECIPE [key=value ...]; potstill list recipes shows "
+                "them, and --resume alone continues the newest unfinished run"
+            )
+        out = out or _newest_unfinished(Path("runs"))
+        loaded = recipes.load(out / "recipe.yaml", allow_code=allow_code)
+    else:
+        loaded = recipes.load(recipe, overrides, allow_code=allow_code)
+    distributed.start()
+    console = Console(quiet=distributed.rank() > 0)
+    for note in loaded.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    runs = []
+    for seed in range(loaded.seed, loaded.seed + seeds):
+        one = loaded.model_copy(update={"seed": seed})
+        if out is None:
+            place = _default_directory(recipe or "", one)
+        else:
+            place = out / f"seed{seed}" if seeds > 1 else out
+        with display.watcher(console, quiet=distributed.rank() > 0) as watcher:
+            run = training.train(one, place, watcher, resume)
+        _print_result(run, place, console)
+        runs.append(run)
+    if seeds > 1:
+        console.print(report.table(report.rows({str(recipe): runs})))
+    distributed.stop()
+
+
+def _default_directory(recipe: str, resolved: Recipe) -> Path:
+    """The same for the same settings, so that --resume finds it."""
+    import hashlib
+
+    settings = resolved.model_copy(update={"seed": 0}).to_yaml()
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
+    slug = recipe.removesuffix(".yaml").strip("./").replace("/", "-")
+    return Path("runs") / f"{slug}-{digest}" / f"seed{resolved.seed}"
+
+
+def _newest_unfinished(root: Path) -> Path:
+    found = [
+        p.parent
+        for p in sorted(root.glob("**/recipe.yaml"), key=lambda p: p.stat().st_mtime)
+        if not (p.parent / "result.json").exists()
+    ]
+    if not found:
+        raise PotstillError(f"no unfinished run under {root}/; name a recipe or --out DIR")
+    return found[-1]
+
+
+def _print_result(run: Run, place: Path, console: Any) -> None:
+    result = run.result or {}
+    for name, score in result["scores"].items():
+        best = result["best_epoch"][name]
+        line = (
+            f"{name}: {score['top1']:.2f} % top-1 on the test set after the last epoch "
+            f"(best epoch on {best['split']}: {best['top1']:.2f} %, epoch {best['epoch']}"
+        )
+        chosen = ", chosen on the test set, not a result" if best["split"] == "test" else ""
+        console.print(f"{line}{chosen})", highlight=False, soft_wrap=True)
+    console.print(
+        f"{result['images_per_second']:,.0f} images/s, {result['seconds']:,.0f} s; run: {place}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(help="A finished run's directory.")] = None,
+    model: Annotated[str | None, typer.Option(help="An architecture, with --weights.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A .pth, .safetensors or run.")] = None,
+    data: Annotated[str, typer.Option(help="A data set by name.")] = "cifar100",
+    root: Annotated[Path | None, typer.Option(help="Where the data are.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Accuracy of a run's predictors, or of a model with weights, on the test images.
+
+    potstill eval RUN, or potstill eval --model resnet56 --weights FILE --data cifar100
+    """
+    from potstill import training
+
+    if (run is None) == (model is None and weights is None):
+        raise PotstillError("give a run's directory, or --model and --weights")
+    if run is not None:
+        scores = training.evaluate_run(run)
+    else:
+        scores = training.evaluate_weights(model, weights, data, root)
+    if as_json:
+        print(json.dumps({name: score._asdict() for name, score in scores.items()}, indent=2))
+    else:
+        for name, score in scores.items():
+            print(f"{name}: {training.in_words(score)}")
+
+
+class Listable(StrEnum):
+    """What `potstill list` can list."""
+
+    methods = "methods"
+    models = "models"
+    datasets = "datasets"
+    recipes = "recipes"
+
+
+@app.command("list")
+def list_(
+    what: Annotated[Listable, typer.Argument()],
+    as_json: Annotated[bool, typer.Option("--json", help="An array of objects.")] = False,
+) -> None:
+    """What there is by name."""
+    from potstill import listing
+
+    entries = listing.entries(what.value)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    width = max(len(e["name"]) for e in entries)
+    for e in entries:
+        print(f"{e['name']:<{width}}  {e['description']}")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of a recipe, for editors and checks."""
+    from potstill import recipe
+
+    print(json.dumps(recipe.schema(), indent=2))

@@ -1,0 +1,203 @@
+"""From plain modules and datasets to a finished run: `potstill.distill`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from potstill import data as datasets
+from potstill import display, training
+from potstill.errors import PotstillError
+from potstill.net import Net
+from potstill.recipe import Recipe, loads, resolve
+from potstill.run import Run
+from potstill.seeds import seed_of
+
+DEFAULT_OPTIMIZERS = {
+    "default": {
+        "name": "sgd",
+        "lr": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": {"name": "steps", "milestones": [150, 180, 210], "factor": 0.1},
+    }
+}
+"""RepDistiller's, over 240 epochs; a shorter training shortens the milestones with it."""
+
+Network = nn.Module | str | Path | Mapping[str, Any]
+"""A module, an architecture's name, a run's directory, or a recipe's {name:, weights:, ...}."""
+
+
+def distill(
+    teacher: Network | Sequence[Network] | None,
+    student: Network | Sequence[Network],
+    train: Any,
+    test: Any = None,
+    method: str = "kd",
+    *,
+    epochs: int | Mapping[str, int] | None = None,
+    batch_size: int = 64,
+    optimizers: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    precision: str = "auto",
+    compile: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+    **arguments: Any,
+) -> Run:
+    """Train a student under a teacher; the finished run, with the trained module in `run.student`.
+
+    `teacher` and `student` are plain modules that return logits (wrap one in `Net` to name taps
+    for methods that read features), names of architectures, or run directories; several in a list;
+    teacher None for methods without one. `train` and `test` are datasets of (image, label) - uint8
+    or PIL images are normalised here, float tensors are taken as your transforms made them - or
+    `train` alone is a name such as "cifar100", or a folder with train/ and test/ in it. `data`
+    holds further settings: {"padding": 4, "flip": True, "subset": 5000} ...
+
+    `epochs` are of the whole training, None for the published length; `optimizers` as in a recipe.
+    `arguments` are the method's own. With `out` the run is a directory that `resume` continues;
+    without, nothing is written. A student module is trained in place; a teacher is not changed.
+
+    >>> from sklearn.datasets import load_digits
+    >>> x, y = load_digits(return_X_y=True)
+    >>> images = (x.reshape(-1, 8, 8) * 15).astype("uint8")
+    >>> pairs = list(zip(images, y))
+    >>> import potstill
+    >>> student = potstill.build("resnet8", num_classes=10, input_shape=(1, 8, 8))
+    >>> run = distill(None, student, pairs[:900], pairs[900:], "vanilla", epochs=1, quiet=True)
+    >>> run.result["scores"]["student"]["images"]
+    897
+
+    Raises PotstillError, before any training, for whatever does not fit.
+    """
+    teachers, students = _several(teacher), _several(student)
+    named = isinstance(train, (str, Path))
+    recipe = resolve(
+        {
+            "students": [_described(n) for n in students],
+            "teachers": [_described(n) for n in teachers],
+            "method": {"name": method, **arguments},
+            "data": {
+                **(_data_by_name(train, test) if named else {"name": _origin(train)}),
+                "batch_size": batch_size,
+                **(data or {}),
+            },
+            "optimizers": optimizers or DEFAULT_OPTIMIZERS,
+            "epochs": epochs,
+            "schedule_epochs": {},
+            "seed": seed,
+            "precision": precision,
+            "compile": compile,
+            "device": device,
+        },
+        source="distill",
+        allow_code=True,
+    )
+    place = Path(out) if out is not None else None
+    going_on = resume and place is not None and (place / "recipe.yaml").is_file()
+    on = training.choose_device(recipe.device)
+    found = training.load_data(recipe, on) if named else _own_data(recipe, train, test, on)
+    kept = _modes([n for n in teachers if isinstance(n, nn.Module)])
+    try:
+        nets = []
+        for i, given in enumerate(students):
+            torch.manual_seed(seed_of(seed, "student", i))
+            nets.append(_net(given, recipe.students[i], found, f"student {i}")[0])
+        taught = [
+            _net(n, recipe.teachers[i], found, f"teacher {i}") for i, n in enumerate(teachers)
+        ]
+        job = training.put_together(recipe, found, nets, taught, on)
+        if going_on and place is not None:
+            run = Run.open(place)
+            if loads(run.recipe, allow_code=True) != recipe:
+                raise PotstillError(f"{place} was started with other settings; choose another out")
+        else:
+            run = Run.create(place, recipe.to_yaml(), job.environment)
+        with display.watcher(Console(), quiet=quiet) as watcher:
+            if not run.finished:
+                training.carry_out(job, run, watcher)
+    finally:
+        for thing, name, value in kept:
+            setattr(thing, name, value)
+    for given, net in zip([*students, *teachers], [*nets, *(n for n, _ in taught)], strict=True):
+        if given is not net:
+            net.close()
+    run.students = [net.module for net in nets]
+    return run
+
+
+def _several(networks: Any) -> list[Any]:
+    if networks is None:
+        return []
+    if isinstance(networks, Sequence) and not isinstance(networks, (str, nn.Module)):
+        return list(networks)
+    return [networks]
+
+
+def _origin(value: object) -> str:
+    """Where an object's class comes from, in the form that recipes use for one's own code."""
+    kind = type(value.module if isinstance(value, Net) else value)
+    return f"py:{kind.__module__}:{kind.__qualname__}"
+
+
+def _described(network: Network) -> dict[str, Any]:
+    if isinstance(network, Mapping):
+        return dict(network)
+    return {"name": str(network) if isinstance(network, (str, Path)) else _origin(network)}
+
+
+def _data_by_name(train: str | Path, test: Any) -> dict[str, Any]:
+    if test is not None:
+        raise PotstillError(f"train={train} has its own test images; leave test out")
+    name = str(train)
+    return {"name": name} if name in datasets.DATASETS else {"name": "folder", "root": name}
+
+
+def _own_data(recipe: Recipe, train: Any, test: Any, device: torch.device) -> datasets.Data:
+    if test is None:
+        raise PotstillError(
+            "test is missing: a dataset of (image, label) that train does not share"
+        )
+    taken = ("mean", "std", "padding", "pad_mode", "flip", "views", "validation", "workers")
+    settings = recipe.data.model_dump(exclude_none=True, exclude={"name", "batch_size"})
+    settings.pop("drop_last")
+    if wrong := sorted(settings.keys() - set(taken)):
+        raise PotstillError(
+            f"data.{wrong[0]} is for named data sets and folders; your own takes {', '.join(taken)}"
+        )
+    return datasets.from_dataset(train, test, **settings, device=device)
+
+
+def _net(given: Network, network: Any, data: datasets.Data, key: str) -> tuple[Net, Sequence[int]]:
+    """A network as given, tapped, and the class ids it knows."""
+    if not isinstance(given, nn.Module):
+        return training.build_network(network, data, key)
+    net = given if isinstance(given, Net) else Net(given, input_shape=data.train.input_shape)
+    if tuple(net.input_shape) != tuple(data.train.input_shape):
+        raise PotstillError(
+            f"{key} was built for images of {tuple(net.input_shape)}, the data's are "
+            f"{tuple(data.train.input_shape)}; give Net input_shape={tuple(data.train.input_shape)}"
+        )
+    if key.startswith("student") and net.num_classes < len(data.train.classes):
+        raise PotstillError(
+            f"{key} has {net.num_classes} outputs and the data {len(data.train.classes)} classes; "
+            "give it one output a class"
+        )
+    return net, data.train.classes
+
+
+def _modes(modules: Sequence[nn.Module]) -> list[tuple[Any, str, bool]]:
+    """What freezing a teacher changes: attributes to put back."""
+    kept: list[tuple[Any, str, bool]] = []
+    for module in modules:
+        kept += [(m, "training", m.training) for m in module.modules()]
+        kept += [(p, "requires_grad", p.requires_grad) for p in module.parameters()]
+    return kept

@@ -1,0 +1,107 @@
+"""Two ranks with half the batch each train as one rank does, on CPU with gloo.
+
+Networks without BatchNorm, float64: what differs is only the order of additions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from potstill.files import load_tensors
+from tests.methods.test_contract import ALL
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that the folder is made once
+
+
+def start_ranks(world: int, command: Sequence[str], **options: object) -> list[subprocess.Popen]:
+    """The same command in `world` processes that find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                **{k: str(v) for k, v in {**shared, "RANK": r, "LOCAL_RANK": r}.items()},
+            },
+            **options,
+        )
+        for r in range(world)
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A folder for each world size, filled by ranks_worker.py."""
+    folders = {}
+    for world in (1, 2):
+        folders[world] = tmp_path_factory.mktemp(f"world{world}")
+        command = [sys.executable, "-m", "tests.ranks_worker", str(folders[world])]
+        for process in start_ranks(world, command):
+            assert process.wait(300) == 0
+    return folders
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_two_ranks_equal_one(name: str, trained: dict[int, Path]) -> None:
+    """Every weight, buffer, optimiser state and logged term, to 1e-10."""
+    one, _ = load_tensors(trained[1] / f"{name}.0.safetensors")
+    two, _ = load_tensors(trained[2] / f"{name}.0.safetensors")
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-10, msg=key)
+    (records, scores), (records2, scores2) = (
+        json.loads((trained[w] / f"{name}.0.json").read_text()) for w in (1, 2)
+    )
+    for a, b in zip(records, records2, strict=True):
+        assert a == pytest.approx(b, abs=1e-10, rel=0)
+    for predictor, score in scores.items():
+        assert score == pytest.approx(scores2[predictor], abs=1e-9, rel=0)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_every_rank_holds_the_same(name: str, trained: dict[int, Path]) -> None:
+    """Bit for bit: rank 0's checkpoint is everybody's."""
+    one, other = (load_tensors(trained[2] / f"{name}.{r}.safetensors")[0] for r in (0, 1))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    records = [(trained[2] / f"{name}.{r}.json").read_text() for r in (0, 1)]
+    assert records[0] == records[1]
+
+
+def test_torchrun_trains_one_run(tmp_path: Path) -> None:
+    """`torchrun -m potstill train`: one directory, one voice, BatchNorm statistics shared."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["-m", "potstill", "train", "digits/vanilla", "epochs=2", "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("distill epoch 2 ·") == 1
+    assert json.loads((out / "env.json").read_text())["world_size"] == 2
+    assert json.loads((out / "result.json").read_text())["scores"]["student"]["images"] == 898
+
+
+def test_ranks_that_cannot_share_a_batch_are_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "potstill", "train", "digits/vanilla", "data.batch_size=33"]
+    command += ["--out", str(tmp_path / "run")]
+    ranks = start_ranks(2, command, stderr=subprocess.PIPE, text=True)
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "2 ranks cannot share batches of 33" in errors
+        assert "Traceback" not in errors

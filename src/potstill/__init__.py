@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from potstill.methods import METHODS
     from potstill.models import MODELS, build
     from potstill.net import Captured, Net
-    from potstill.run import Run
     from potstill.notebook import distill
+    from potstill.run import Run
 
 __version__ = "0.1.0"
 

@@ -31,9 +31,10 @@ EXIT_STORAGE = 3
 
 def main() -> None:
     """Run a command; a user's mistake is one message and an exit code, never a traceback."""
-    warnings.showwarning = _show_warning
     try:
-        app(standalone_mode=True)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except PotstillError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -32,6 +32,7 @@ def demonstrate(out: Path, seeds: int, console: Console) -> dict[str, list[Run]]
         f"{len(digits.test)} others, after their last epoch. {4 * seeds} runs.\n",
         highlight=False,
     )
+    plan: tuple[tuple[str, str, list[str], Path], ...]
     runs: dict[str, list[Run]] = {"teacher": [], "student alone": [], "kd": [], "at": []}
     for seed in range(seeds):
         teacher = out / "teacher" / f"seed{seed}"

@@ -124,19 +124,19 @@ def _check_update(update: Update[Any], phase: str, names: Mapping[int, str]) -> 
 
 
 def _check_pace(phases: Sequence[Phase], pace: Pace) -> None:
-    allowed = {"default"}
-    for phase in phases:
-        if phase.name not in pace.epochs:
-            raise MethodError(f"no length for phase '{phase.name}'; give epochs.{phase.name}")
-        for update in (u for turn in phase.turns for u in turn.updates):
-            pace.plan(phase.name, update.name)
-            allowed |= {update.name, f"{phase.name}.{update.name}"}
+    updates = [(p.name, u.name) for p in phases for turn in p.turns for u in turn.updates]
+    allowed = {"default", *(u for _, u in updates), *(f"{p}.{u}" for p, u in updates)}
     for key in pace.plans:
         if key not in allowed:
             raise MethodError(
                 f"optimizers.{key} fits no update of this method; its keys are "
                 f"{sorted(allowed)}{did_you_mean(key, allowed)}"
             )
+    for phase, update in updates:
+        pace.plan(phase, update)
+    for phase in (p.name for p in phases):
+        if phase not in pace.epochs or phase not in pace.lengths:
+            raise MethodError(f"no length for phase '{phase}'; give epochs.{phase}")
 
 
 def _require_unique(kind: str, names: Sequence[str], where: str) -> None:

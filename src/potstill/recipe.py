@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,7 +46,7 @@ SHARED = "shared"
 
 _FOLDER = Path(__file__).parent / "recipes"
 _SUFFIXES = (".yaml", ".yml")
-_ELSEWHERE = ("timm:", "tv:", "hub:", "py:")  # where a network's name may point, beside MODELS
+_OWN_CODE = "py:"  # begins the name of a network that a function of one's own makes
 _PLAIN = "plain"  # the type of a validation error whose message is already ours
 
 Count = Annotated[int, Ge(1)]
@@ -93,16 +94,16 @@ class Normalization(Part):
 def _network_name(name: str, info: ValidationInfo) -> str:
     from potstill.models import MODELS
 
-    if name.startswith("py:") and not (info.context or {}).get("allow_code"):
+    if name.startswith(_OWN_CODE) and not (info.context or {}).get("allow_code"):
         raise _plain(
             f"is {_show(name)}, which runs Python code of your own; add --allow-code if you trust "
             "it (in Python, allow_code=True)"
         )
-    if name in MODELS or name.startswith(_ELSEWHERE) or (name and Path(name).exists()):
+    if name in MODELS or name.startswith(_OWN_CODE) or os.path.exists(name):
         return name
     raise _plain(
         f"is {_show(name)}, which is no model and no file{_allowed(name, MODELS)}, "
-        f"{', '.join(f'{p}...' for p in _ELSEWHERE)}, or a path"
+        "py:module:function, or a path"
     )
 
 
@@ -110,20 +111,20 @@ class Network(Part):
     """A student or a teacher. A bare string is short for its name."""
 
     name: Annotated[str, AfterValidator(_network_name)]
-    """An architecture (resnet20), timm:..., tv:..., hub:..., py:module:function, or a checkpoint's
-    path."""
+    """An architecture (resnet20), py:module:function of your own, or a checkpoint's path."""
     weights: str | None = None
     """Path of a checkpoint; null starts from random weights."""
     normalize: Normalization | None = None
     """Only where the network was trained on other statistics than the data's mean and std."""
-    num_classes: Count | None = None
-    """Null: as many as the data has."""
 
 
-def _dataset_name(name: str) -> str:
+def _dataset_name(name: str, info: ValidationInfo) -> str:
     from potstill.data import DATASETS
 
-    if name not in DATASETS:
+    own = name.startswith(_OWN_CODE) and (info.context or {}).get(
+        "allow_code"
+    )  # of potstill.distill
+    if name not in DATASETS and not own:
         raise _plain(_unknown(name, "data set", DATASETS))
     return name
 
@@ -330,13 +331,23 @@ def resolve(
     source: str = "recipe",
     allow_code: bool = False,
 ) -> Recipe:
-    """A recipe from plain mappings, lists and scalars, as `loads` reads them. Raises RecipeError.
+    """A recipe from mappings, lists and scalars, as YAML would hold them. Raises RecipeError.
 
     >>> resolve({"students": ["resnet8"], "method": "vanilla", "data": "digits",
     ...          "optimizers": {"default": {"name": "sgd", "lr": 0.1}}}, ["epochs=3"]).epochs
     3
     """
-    return _resolve(copy.deepcopy(dict(raw)), overrides, source, allow_code, [])
+    try:
+        text = yaml.dump(dict(raw), Dumper=_Dumper, sort_keys=False)
+    except yaml.representer.RepresenterError as error:
+        raise RecipeError(
+            [
+                f"{error.args[1]!r} cannot be in a recipe; allowed: text, numbers, true, false, "
+                "null, lists and mappings"
+            ],
+            source,
+        ) from None
+    return loads(text, overrides, source=source, allow_code=allow_code)
 
 
 def shipped() -> dict[str, str]:
@@ -554,7 +565,7 @@ def _in_words(
         origin, inner = get_origin(_bare(options[0])), get_args(_bare(options[0]))
         if len(options) > 1 or origin not in (list, dict, tuple):
             break  # which of several types was meant cannot be told: describe them all
-        hint = inner[step] if origin is tuple and inner[-1] is not Ellipsis else inner[-1]  # type: ignore[index]
+        hint = inner[int(step)] if origin is tuple else inner[-1]
         depth, given = depth + 1, given[step]
     return loc[:depth], f"must be {_describe(hint)}, not {_show(given)}"
 
@@ -695,6 +706,7 @@ _PROBLEMS = (  # what PyYAML says, and what a person can do about it
     ("cannot start any token", "text cannot begin with this character; put the text in quotes"),
     ("mapping values are not allowed", "a second ': ' on the line; put the text in quotes"),
     ("could not find expected ':'", "a key without ': '; write key: value"),
+    ("another document", "a second document (---); a recipe is a single one"),
     ("expected alphabetic or numeric", "text cannot begin with * or &; put it in quotes"),
 )
 
@@ -714,6 +726,8 @@ def _parse(text: str) -> tuple[Any, list[str]]:
         return None, [f"character {error.position + 1} ({code}) is not allowed in YAML; remove it"]
     except RecursionError:
         return None, ["mappings and lists are nested too deeply"]
+    except ValueError:  # from int(), which refuses thousands of digits
+        return None, ["a number has too many digits"]
 
 
 def _text(recipe: str | Path) -> str:
@@ -722,9 +736,9 @@ def _text(recipe: str | Path) -> str:
     path = Path(recipe)
     if name in known and not isinstance(recipe, Path):
         path = _FOLDER / f"{name}.yaml"
-    elif not path.is_file():
+    elif not os.path.isfile(recipe):  # which does not raise for a name that is too long
         hint = did_you_mean(name.removesuffix(".yaml").removesuffix(".yml"), known)
-        if path.is_dir() and not hint:
+        if os.path.isdir(recipe) and not hint:
             raise StorageError(f"recipe {name} is a folder; give a .yaml file, such as recipe.yaml")
         if isinstance(recipe, Path) or name.endswith(_SUFFIXES) or name.startswith((".", "/", "~")):
             raise StorageError(
@@ -738,7 +752,7 @@ def _text(recipe: str | Path) -> str:
             ]
         )
     try:
-        return path.read_text("utf-8-sig")
+        return path.read_text("utf-8")
     except OSError as error:
         raise StorageError(f"recipe {name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError:
@@ -894,9 +908,12 @@ def _drop_what_no_longer_fits(
         if name == old.get("name") or name not in [*_choices(kind)]:
             continue
         fields = _choice_model(kind, name).model_fields
-        kept = [k for k in new if k in old and (*path, k) not in given]
+        overridden = {g[len(path)] for g in given if g[: len(path)] == path}
+        kept = [k for k in new if k in old and k not in overridden]
         base = Optimizer if kind == "optimizer" else Choice
-        dropped = [k for k in kept if k not in fields]
+        known = old.get("name") in [*_choices(kind)]
+        before = _choice_model(kind, old["name"]).model_fields if known else kept
+        dropped = [k for k in kept if k not in fields and k in before]  # not the file's typos
         stays = [k for k in kept if k in fields and k not in base.model_fields]
         for k in dropped:
             del new[k]

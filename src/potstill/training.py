@@ -64,15 +64,24 @@ class Interrupted(PotstillError):
 class Assembled:
     """Everything one training needs, built and checked, before its first step."""
 
-    method: Method
+    training: engine.Training
     data: datasets.Data
-    pace: engine.Pace
     device: torch.device
     compile: bool
     names: Sequence[str | None]
     """The students' architectures, None for a module that has no name here."""
     teacher_names: Sequence[str]
     evaluate_every: int = 1
+
+    @property
+    def method(self) -> Method:
+        """What is trained."""
+        return self.training.method
+
+    @property
+    def pace(self) -> engine.Pace:
+        """How long and how fast."""
+        return self.training.pace
 
     @property
     def held_out(self) -> datasets.Split:
@@ -131,15 +140,14 @@ def put_together(
     published = {p.name: p.epochs for p in method.phases()}
     pace = engine.Pace(
         phase_epochs(published, recipe.epochs),
-        phase_epochs(published, recipe.schedule_epochs),
+        phase_epochs(published, recipe.schedule_epochs, "schedule_epochs"),
         {key: _plan(o) for key, o in recipe.optimizers.items()},
         recipe.seed,
         choose_precision(recipe.precision, device),
     )
     return Assembled(
-        method,
+        engine.Training(method, data.train, pace),
         data,
-        pace,
         device,
         recipe.compile,
         [n.name for n in recipe.students],
@@ -161,7 +169,7 @@ def build_network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Seq
     net = model_weights.network(
         name,
         found,
-        network.num_classes or len(split.classes),
+        len(split.classes),
         split.input_shape,
         split.mean,
         split.std,
@@ -296,11 +304,11 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> dict[str, Any]:
 
     Saves after every epoch, every five minutes, and on Ctrl-C, which raises Interrupted.
     """
-    training = engine.Training(job.method, job.data.train, job.pace)
+    training = job.training
     main, total = distributed.rank() == 0, training.total_steps
-    _introduce(job, training, watcher)
+    _introduce(job, watcher)
     teachers = _check_teachers(job, watcher)
-    _resume(job, run, training, watcher)
+    _resume(job, run, watcher)
     if job.compile:
         engine.compile_networks(job.method)
     saved = began = time.monotonic()
@@ -336,7 +344,7 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> dict[str, Any]:
     return result
 
 
-def _introduce(job: Assembled, training: engine.Training, watcher: Watcher) -> None:
+def _introduce(job: Assembled, watcher: Watcher) -> None:
     data, pace = job.data, job.pace
     for role, names, nets in (
         ("student", job.names, job.method.students),
@@ -349,7 +357,7 @@ def _introduce(job: Assembled, training: engine.Training, watcher: Watcher) -> N
     precision = str(pace.precision or torch.float32).removeprefix("torch.")
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     watcher.say(f"on {job.device}, {precision}{', compiled' if job.compile else ''}{ranks}")
-    for phase in training.phases:
+    for phase in job.training.phases:
         watcher.say(f"phase {phase.name}: {pace.epochs[phase.name]} epochs")
 
 
@@ -376,8 +384,8 @@ def in_words(score: Scores) -> str:
     return f"{score.top1:.2f} % top-1, {score.top5:.2f} % top-5 on {score.images:,} images"
 
 
-def _resume(job: Assembled, run: Run, training: engine.Training, watcher: Watcher) -> None:
-    checkpoint = run.latest_checkpoint()
+def _resume(job: Assembled, run: Run, watcher: Watcher) -> None:
+    training, checkpoint = job.training, run.latest_checkpoint()
     if checkpoint is None:
         return
     for difference in differences(run.environment, job.environment):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 STORED = Path(os.environ.get("POTSTILL_DATA") or Path(__file__).parents[3] / "shared" / "data")
+CACHE = os.environ.get("POTSTILL_CACHE", "")
 
 
 @pytest.fixture(autouse=True)
@@ -14,8 +15,10 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("POTSTILL_DATA", raising=False)
 
 
-@pytest.fixture(scope="session")
-def real_cifar100():
+@pytest.fixture
+def real_cifar100(own_cache, monkeypatch):
+    """Its folder; decoding it takes seconds, so it is kept in the developer's own cache."""
     if not (STORED / "cifar100").is_dir():
         pytest.skip(f"no real CIFAR-100 in '{STORED}'; set POTSTILL_DATA")
+    monkeypatch.setenv("POTSTILL_CACHE", CACHE)
     return STORED

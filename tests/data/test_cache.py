@@ -97,5 +97,5 @@ def test_the_key_follows_contents_and_order(tmp_path):
     moved = tmp_path / "c"
     moved.write_text("1")
     assert key_of([moved]) == key_of([a])
-    with pytest.raises(StorageError, match="cannot read '.*absent'"):
+    with pytest.raises(StorageError, match=r"cannot read '.*absent'"):
         key_of([tmp_path / "absent"])

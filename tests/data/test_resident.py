@@ -51,10 +51,11 @@ def test_padding_is_black_before_normalisation():
 
 
 def test_each_channel_has_its_own_statistics():
-    """Pixels 51, 102, 153 are 0.2, 0.4, 0.6."""
-    pixels = torch.tensor([51, 102, 153], dtype=torch.uint8).view(1, 1, 1, 3)
+    """Pixels 51, 102, 153 are 0.2, 0.4, 0.6: (0.2 - 0.1) / 0.1 = 1, and so on."""
+    pixels = torch.tensor([51, 102, 153], dtype=torch.uint8).expand(1, 2, 2, 3)
     images = Resident(pixels, mean=(0.1, 0.4, 0.0), std=(0.1, 1.0, 0.5))
-    torch.testing.assert_close(image(images, 0, 0).flatten(), torch.tensor([1.0, 0.0, 1.2]))
+    expected = torch.tensor([1.0, 0.0, 1.2])[:, None, None].expand(3, 2, 2)
+    torch.testing.assert_close(image(images, 0, 0), expected)
 
 
 def test_a_batch_is_channels_last_float():

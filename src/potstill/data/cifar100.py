@@ -5,6 +5,7 @@ A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from potstill.data.cache import Decoded, cached, key_of
-from potstill.data.folder import common_size, decoded, listings
+from potstill.data.folder import ENDINGS, common_size, decoded, listings
 from potstill.data.parquet import read_parquet
 from potstill.errors import StorageError
 
@@ -72,12 +73,17 @@ def _reader(root: Path) -> Callable[[], Pair] | None:
     for folder in (root / "cifar-100-python", root):
         if all((folder / part).is_file() for part in ("train", "test", "meta")):
             return lambda: _pickles(folder)
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        # POTSTILL_DATA may hold other images: only 32x32 ones are CIFAR's
-        found = listings(root)
-        if common_size([split.paths[0] for split in found.values()], SIZE) is not None:
-            return lambda: (decoded(found["train"], root), decoded(found["test"], root))
+    images = (p for p in (root / "train").glob("*/*") if p.suffix.lower() in ENDINGS)
+    first = list(itertools.islice(images, 1))
+    # POTSTILL_DATA may hold other images: only 32x32 ones are CIFAR's
+    if first and common_size(first, SIZE) is not None:
+        return lambda: _folders(root)
     return None
+
+
+def _folders(root: Path) -> Pair:
+    found = listings(root)
+    return decoded(found["train"], root), decoded(found["test"], root)
 
 
 def _parquet(files: list[Path]) -> Decoded:
@@ -183,7 +189,7 @@ def _empty_array(subtype: type, shape: tuple[int, ...], kind: bytes) -> Any:
 
 
 def _dtype(spec: str | bytes, align: int = 0, copy: int = 0) -> np.dtype[Any]:
-    # old files say align=0, which numpy 2.4 deprecates for False
+    # old files say align=0, for which numpy 2.4 may want False
     return np.dtype(_text(spec), bool(align), bool(copy))
 
 

@@ -101,7 +101,10 @@ def load(
             f"no data set '{name}'; allowed: {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}"
         )
     info = DATASETS[name]
-    scale = {"mean": tuple(mean or info.mean), "std": tuple(std or info.std)}
+    scale = {
+        "mean": info.mean if mean is None else tuple(mean),
+        "std": info.std if std is None else tuple(std),
+    }
     augmented = {
         "padding": info.padding if padding is None else padding,
         "pad_mode": info.pad_mode if pad_mode is None else pad_mode,

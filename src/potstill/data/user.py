@@ -138,7 +138,10 @@ def from_dataset(
                     f"{tuple(test_pixels.shape[1:])} (H, W, C); all must have one size"
                 )
             own_mean, own_std = statistics(pixels)
-            scale: Any = {"mean": tuple(mean or own_mean), "std": tuple(std or own_std)}
+            scale: Any = {
+                "mean": own_mean if mean is None else tuple(mean),
+                "std": own_std if std is None else tuple(std),
+            }
             augmented: Any = {"padding": padding, "pad_mode": pad_mode, "flip": flip}
             images = Resident(pixels, **scale, **augmented, views=views, device=device)
             sets = {

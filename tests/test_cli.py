@@ -1,0 +1,305 @@
+"""The command line as a user meets it: what it prints, and what wrong input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from potstill import cli
+from potstill.run import Run
+
+Potstill = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def potstill(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Potstill]:
+    """Run a command in an empty folder; (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["potstill", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        output, errors = capfd.readouterr()
+        assert "Traceback" not in errors
+        code = stopped.value.code
+        return (code if isinstance(code, int) else 0), output, errors
+
+    yield run
+
+
+SHORT = ("digits/vanilla", "epochs=2", "data.subset=40")
+
+
+@pytest.fixture
+def trained(potstill: Potstill) -> Path:
+    code, _, errors = potstill("train", *SHORT, "--out", "run")
+    assert code == 0, errors
+    return Path("run").absolute()
+
+
+def test_train_says_what_happens_and_leaves_a_run(potstill: Potstill) -> None:
+    code, output, _ = potstill("train", *SHORT, "--out", "run")
+    assert code == 0
+    assert "student 0: resnet8, 77,754 parameters" in output
+    assert "data: digits, 40 training, 898 test" in output
+    assert "distill epoch 2 · ce " in output
+    assert "after the last epoch" in output and "chosen on the test set, not a result" in output
+    assert {p.name for p in Path("run").iterdir()} == {
+        "recipe.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "result.json",
+        "student.safetensors",
+        "checkpoints",
+    }
+
+
+def test_eval_repeats_the_result(potstill: Potstill, trained: Path) -> None:
+    """The file that was saved gives the very accuracy that training printed."""
+    code, output, _ = potstill("eval", trained, "--json")
+    assert code == 0
+    result = Run.open(trained).result
+    assert result is not None
+    assert json.loads(output)["student"] == pytest.approx(result["scores"]["student"], rel=1e-6)
+    code, output, _ = potstill("eval", "--weights", trained, "--data", "digits")
+    assert code == 0 and f"{result['scores']['student']['top1']:.2f} % top-1" in output
+
+
+def test_a_run_teaches(potstill: Potstill, trained: Path) -> None:
+    """Weights by a run's directory: the teacher's accuracy comes before the first epoch."""
+    code, output, _ = potstill(
+        "train", "digits/kd", "epochs=1", "teachers.0.name=resnet8", f"teachers.0.weights={trained}"
+    )
+    assert code == 0
+    result = Run.open(trained).result
+    assert result is not None
+    said = f"teacher 0 (resnet8): {result['scores']['student']['top1']:.2f} % top-1"
+    assert output.index(said) < output.index("distill epoch 1")
+    (kd,) = Path("runs").glob("digits-kd-*/seed0")
+    saved, _ = Run.open(kd).load_predictor("student")
+    own, _ = Run.open(trained).load_predictor("student")
+    assert saved.keys() == own.keys()  # the student alone: no teacher in its file
+
+
+def test_a_checkpoint_path_names_a_network(potstill: Potstill, trained: Path) -> None:
+    code, output, _ = potstill("train", "digits/kd", "epochs=1", f"teachers=[{trained}]")
+    assert code == 0 and "teacher 0" in output
+
+
+def test_several_seeds_end_in_a_table(potstill: Potstill) -> None:
+    code, output, _ = potstill("train", *SHORT, "--seeds", "2", "--out", "runs")
+    assert code == 0
+    assert (Path("runs") / "seed0" / "result.json").exists()
+    assert (Path("runs") / "seed1" / "result.json").exists()
+    top1 = [Run.open(f"runs/seed{s}").result["scores"]["student"]["top1"] for s in (0, 1)]  # type: ignore[index]
+    assert f"{sum(top1) / 2:.2f}" in output and "top-1 std" in output
+    code, output, _ = potstill("train", *SHORT, "--seeds", "2", "--out", "runs", "--resume")
+    assert code == 0 and output.count("finished already") == 2
+
+
+def test_a_validation_split_is_watched_and_the_test_set_is_touched_once(potstill: Potstill) -> None:
+    code, output, _ = potstill("train", *SHORT, "data.validation=0.2", "--out", "run")
+    assert code == 0 and "% validation" in output and "% test ·" not in output
+    assert "not a result" not in output
+    result = Run.open("run").result
+    assert result is not None
+    assert result["scores"]["student"]["images"] == 898
+    assert result["best_epoch"]["student"]["split"] == "validation"
+
+
+@pytest.mark.parametrize("what", ["methods", "models", "datasets", "recipes"])
+def test_list_names_everything(potstill: Potstill, what: str) -> None:
+    code, output, _ = potstill("list", what, "--json")
+    entries = json.loads(output)
+    assert code == 0 and all(e["name"] and e["description"] for e in entries)
+    expected = {
+        "methods": "kd",
+        "models": "resnet56",
+        "datasets": "cifar100",
+        "recipes": "cifar100/kd-resnet56-resnet20",
+    }
+    assert expected[what] in [e["name"] for e in entries]
+    code, output, _ = potstill("list", what)
+    assert code == 0 and all(e["name"] in output for e in entries)
+
+
+def test_schema_is_json(potstill: Potstill) -> None:
+    code, output, _ = potstill("schema")
+    assert code == 0 and "temperature" in output and json.loads(output)["properties"]["students"]
+
+
+def test_own_networks_need_permission(potstill: Potstill) -> None:
+    Path("mine.py").write_text(
+        "from torch import nn\n"
+        "def small(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+        "def other(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(65, num_classes))\n"
+    )
+    code, _, errors = potstill("train", *SHORT, "students.0.name=py:mine:small")
+    assert code == 2 and "--allow-code" in errors
+    code, output, errors = potstill("train", *SHORT, "students.0=py:mine:small", "--allow-code")
+    assert code == 0, errors
+    assert "650 parameters" in output
+    code, _, errors = potstill("train", *SHORT, "students.0=py:mine:other", "--allow-code")
+    assert code == 2 and "cannot take images of (1, 8, 8)" in errors
+    code, _, errors = potstill("train", *SHORT, "students.0=py:mine:none", "--allow-code")
+    assert code == 2 and "py:mine:none cannot be made" in errors
+
+
+WRONG = {
+    "unknown recipe": (("digits/vanila",), 2, 'did you mean "digits/vanilla"?'),
+    "unknown key": ((*SHORT, "data.batchsize=3"), 2, 'did you mean "batch_size"?'),
+    "wrong type": ((*SHORT, "seed=abc"), 2, "seed must be a whole number"),
+    "negative epochs": ((*SHORT, "epochs=-3"), 2, "epochs must be"),
+    "several at once": ((*SHORT, "epochs=-3", "seed=x", "nonsense=1"), 2, "3 faults"),
+    "missing recipe file": (("gone.yaml",), 3, "gone.yaml"),
+    "missing weights": (("digits/kd", "teachers.0.weights=gone.pth"), 3, "no weights at gone.pth"),
+    "weights not given": (("digits/kd",), 2, "teachers.0.weights=PATH"),
+    "teacher for vanilla": ((*SHORT, "teachers=[resnet8]"), 2, "vanilla takes no teacher"),
+    "unknown phase": ((*SHORT, "epochs.warmup=3"), 2, "epochs.warmup is no phase"),
+    "unknown update": (
+        (*SHORT, "optimizers.studnet={name: sgd, lr: 0.1}"),
+        2,
+        'did you mean "student"?',
+    ),
+    "subset too large": ((*SHORT, "data.subset=5000"), 2, "data.subset"),
+    "no such device": ((*SHORT, "device=cuda:7"), 2, "device"),
+    "data not there": (("cifar100/vanilla-resnet20", "data.root=gone"), 3, "gone"),
+    "no recipe": ((), 2, "name a recipe"),
+    "nothing to resume": (("--resume",), 2, "no unfinished run"),
+}
+
+
+@pytest.mark.parametrize("words, code, message", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_message(
+    potstill: Potstill, words: tuple[str, ...], code: int, message: str
+) -> None:
+    """Before any training, no traceback, no run left behind."""
+    given, output, errors = potstill("train", *words)
+    assert (given, message in errors) == (code, True), errors
+    assert "epoch 1" not in output
+    assert not list(Path().glob("**/recipe.yaml"))
+
+
+def test_a_tap_that_does_not_exist_is_named(potstill: Potstill, trained: Path) -> None:
+    code, _, errors = potstill(
+        "train", "digits/at", f"teachers=[{trained}]", "method.taps=[stage1, stage9]"
+    )
+    assert code == 2
+    assert "no feature 'stage9'; this network has ['embed', 'stage1'" in errors
+
+
+def test_a_teacher_of_other_classes_is_refused(potstill: Potstill, tmp_path: Path) -> None:
+    from potstill.models import build
+
+    torch.save(build("resnet8", 7, (1, 8, 8)).state_dict(), tmp_path / "seven.pth")
+    code, _, errors = potstill(
+        "train", "digits/kd", "teachers.0.name=resnet8", "teachers.0.weights=seven.pth"
+    )
+    assert code == 2 and "7 classes" in errors and "has 10" in errors
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, ("it-ran",)
+
+
+def test_pickled_code_in_weights_does_not_run(potstill: Potstill) -> None:
+    torch.save({"state_dict": Payload()}, "evil.pth")
+    Path("plain.pth").write_bytes(pickle.dumps(Payload()))
+    for name in ("evil.pth", "plain.pth"):
+        code, _, errors = potstill("eval", "--model", "resnet8", "--weights", name)
+        assert code == 2 and "would run code" in errors
+    assert not Path("it-ran").exists()
+
+
+def test_a_truncated_parquet_is_named(potstill: Potstill) -> None:
+    Path("cifar100").mkdir()
+    for split in ("train", "test"):
+        Path(f"cifar100/{split}-00000-of-00001.parquet").write_bytes(b"PAR1" + b"\0" * 100)
+    code, _, errors = potstill("train", "cifar100/vanilla-resnet20", "data.root=.")
+    assert code == 3 and ".parquet" in errors
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("default::potstill.run.RunWarning")
+def test_a_flipped_byte_is_noticed_and_the_last_good_state_loads(
+    potstill: Potstill, trained: Path
+) -> None:
+    newest, older = sorted((trained / "checkpoints").iterdir(), reverse=True)
+    (trained / "result.json").unlink()
+    flip_a_byte(newest / "tensors.safetensors")
+    code, output, errors = potstill("train", *SHORT, "--out", trained, "--resume")
+    assert code == 0
+    assert "damaged" in errors and f"resumed after step {int(older.name)} of" in output
+    flip_a_byte(trained / "student.safetensors")
+    code, _, errors = potstill("eval", trained)
+    assert code == 3 and "student.safetensors" in errors and "damaged" in errors
+
+
+def test_a_run_is_not_overwritten_or_mixed(potstill: Potstill, trained: Path) -> None:
+    code, _, errors = potstill("train", *SHORT, "--out", trained)
+    assert code == 2 and "--resume" in errors and "--out" in errors
+    code, _, errors = potstill("train", *SHORT, "seed=4", "--out", trained, "--resume")
+    assert code == 2 and "seed is 0 there and 4 here" in errors
+
+
+def test_a_full_disk_is_one_message_and_the_last_good_state_loads(
+    potstill: Potstill, trained: Path
+) -> None:
+    """A real limit on the size of files, put on a process that resumes: the next save fails."""
+    (trained / "result.json").unlink()
+    newest, older = sorted((trained / "checkpoints").iterdir(), reverse=True)
+    flip_a_byte(newest / "manifest.json")
+    command = [sys.executable, "-m", "potstill", "train", *SHORT, "--out", str(trained), "--resume"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert "was not saved" in done.stderr and "Traceback" not in done.stderr
+    checkpoint = Run.open(trained).latest_checkpoint
+    with pytest.warns(UserWarning, match="damaged"):
+        found = checkpoint()
+    assert found is not None and found.step == int(older.name)
+
+
+def test_help_is_quick_to_import() -> None:
+    """--help must not load what only training needs."""
+    code = (
+        "import sys; sys.argv = ['potstill', '--help']\n"
+        "from potstill.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'datasets', 'sklearn', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_damaged_zip_is_a_damaged_file(potstill: Potstill) -> None:
+    with zipfile.ZipFile("half.pth", "w") as made:
+        made.writestr("archive/data.pkl", b"\x80\x02")
+    code, _, errors = potstill("eval", "--model", "resnet8", "--weights", "half.pth")
+    assert code in (2, 3) and "half.pth" in errors

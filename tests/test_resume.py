@@ -1,0 +1,135 @@
+"""Killed and resumed equals never killed: every bit of weights, optimiser state and metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from potstill.run import Run
+from tests import resume_worker
+
+ROOT = Path(__file__).parent.parent
+
+
+def worker(folder: Path, settings: dict[str, Any]) -> int:
+    """The worker's exit status, negative for a signal."""
+    command = [sys.executable, "-m", "tests.resume_worker", str(folder), json.dumps(settings)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, timeout=120).returncode
+
+
+def end_of(run: Run) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """Final state as saved, and metrics and result without what a clock measured."""
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    metrics = [{k: v for k, v in record.items() if k != "time"} for record in run.metrics]
+    result = run.result
+    assert result is not None
+    timed = ("seconds", "images_per_second")
+    return (
+        checkpoint.tensors,
+        (checkpoint.step, checkpoint.state, metrics),
+        {k: v for k, v in result.items() if k not in timed},
+    )
+
+
+KILLS: list[list[Any]] = [
+    # mid-epoch and again later; then inside saves: a checkpoint renames its three files into place,
+    # tensors, state and manifest, and then its folder
+    [5, 11],
+    [{"rename": 6}, {"rename": 4}],
+    [{"rename": 11}, 11],
+]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("method", ["kd", "two_optimizers"])
+def test_killed_and_resumed_equals_straight(
+    method: str, optimizer: str, fused: bool, tmp_path: Path
+) -> None:
+    """SIGKILL twice in a run, at steps or inside saves; then to the end. channels_last."""
+    case = ["kd", "two_optimizers"].index(method) + ["sgd", "adam"].index(optimizer) + fused
+    kills = KILLS[case % len(KILLS)]
+    settings = {"method": method, "optimizer": optimizer, "fused": fused}
+    settings["every_step"] = bool(case % 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        straight = resume_worker.train(tmp_path / "straight", {**settings, "every_step": False})
+    finally:
+        torch.set_num_threads(threads)
+    for kill in kills:
+        status = worker(tmp_path / "killed", {**settings, "kill": kill})
+        assert status == -signal.SIGKILL, f"{kill} did not kill"
+    assert worker(tmp_path / "killed", settings) == 0
+
+    tensors, plain, result = end_of(straight)
+    again, plain_again, result_again = end_of(Run.open(tmp_path / "killed"))
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(t, again[k]) for k, t in tensors.items())
+    assert plain == plain_again
+    assert result == result_again  # the weights' sha256 too
+    assert any(k.startswith("optimizers/") for k in tensors)
+
+
+def start_training(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "potstill", "train", "digits/vanilla", "epochs=400", *more]
+    return subprocess.Popen(
+        [*command, "evaluate_every=50", "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(600):
+        if path.exists() and path.stat().st_size:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} never came")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_training_saves_first(number: signal.Signals, tmp_path: Path) -> None:
+    process = start_training(tmp_path / "run")
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved after step" in errors and "--resume" in errors and "Traceback" not in errors
+    checkpoint = Run.open(tmp_path / "run").latest_checkpoint()
+    assert checkpoint is not None
+    assert f"saved after step {checkpoint.step} of" in errors
+
+
+def test_resume_without_a_path_finds_the_run(tmp_path: Path) -> None:
+    """In the folder where it was started, with the same words and --resume, or --resume alone."""
+    command = [sys.executable, "-m", "potstill", "train"]
+    recipe = ["digits/vanilla", "epochs=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        )
+
+    assert run(*recipe).returncode == 0
+    (place,) = tmp_path.glob("runs/*/seed0")
+    (place / "result.json").unlink()  # as if it had been killed at the very end
+    again = run(*recipe)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    assert "resumed after step 8 of 8" in run("--resume").stdout
+    assert "finished already" in run(*recipe, "--resume").stdout
+    assert run("--resume").returncode == 2

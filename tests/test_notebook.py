@@ -1,0 +1,149 @@
+"""`potstill.distill`: plain modules and any dataset of (image, label)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import potstill
+from potstill.errors import DataError, MethodError, NetworkError, PotstillError, RecipeError
+from potstill.run import Run
+
+SHAPE = (1, 8, 8)
+
+
+def images(n: int = 48, seed: int = 0) -> list[tuple[Tensor, int]]:
+    """Bytes whose brightest quarter is the label: learnable at once."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(n):
+        x = torch.randint(0, 60, SHAPE, generator=generator, dtype=torch.uint8)
+        row, column = divmod(i % 4, 2)
+        x[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 150
+        found.append((x, i % 4))
+    return found
+
+
+def network(seed: int = 0, classes: int = 4) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 64, classes),
+    )  # fmt: skip
+
+
+def go(*given: Any, **more: Any) -> Run:
+    settings = {"epochs": 2, "batch_size": 16, "quiet": True, "precision": "fp32"}
+    return potstill.distill(*given, **{**settings, **more})
+
+
+def test_plain_modules_learn_and_come_back_clean(tmp_path: Path, monkeypatch: Any) -> None:
+    """The student is the given module, trained, without our hooks; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    teacher, student = network(1).train(), network(2)
+    before = copy.deepcopy(teacher.state_dict())
+    run = go(None, teacher, images(), images(seed=1), "vanilla", epochs=8)
+    assert run.student is teacher and run.result["scores"]["student"]["top1"] > 90
+    before = copy.deepcopy(teacher.state_dict())
+    run = go(teacher, student, images(), images(seed=1), "kd", epochs=8, temperature=2.0)
+    assert run.student is student
+    assert run.result["scores"]["student"]["top1"] > 90
+    assert run.result["teachers"]["teacher0"]["top1"] > 90
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(p.requires_grad for p in teacher.parameters()) and teacher[1].training
+    for module in [*teacher.modules(), *student.modules()]:
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert not list(tmp_path.iterdir())
+    assert student(images()[0][0][None].float()).shape == (1, 4)
+
+
+def test_the_same_seed_gives_the_same_student() -> None:
+    students = [network(3) for _ in range(2)]
+    for student in students:
+        go(network(1), student, images(), images(seed=1))
+    one, other = (s.state_dict() for s in students)
+    assert all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def test_float_tensors_are_taken_as_they_are() -> None:
+    x = torch.stack([i for i, _ in images()]).float() / 100 - 1
+    data = TensorDataset(x, torch.arange(48) % 4)
+    run = go(network(1), network(2), data, data)
+    assert run.result["scores"]["student"]["images"] == 48
+
+
+def test_methods_that_read_features_take_nets(tmp_path: Path) -> None:
+    def tapped(seed: int) -> potstill.Net:
+        return potstill.Net(network(seed), {"map": "2"}, SHAPE)
+
+    run = go(tapped(1), tapped(2), images(), images(), "at", taps=["map"], out=tmp_path / "run")
+    assert {"ce", "at"} == run.metrics[0]["terms"].keys()
+    assert (tmp_path / "run" / "student.safetensors").exists()
+    with pytest.raises(PotstillError, match="already holds a run"):
+        go(tapped(1), tapped(2), images(), images(), "at", taps=["map"], out=tmp_path / "run")
+    again = go(
+        tapped(1), tapped(2), images(), images(), "at", taps=["map"], out=tmp_path / "run",
+        resume=True,
+    )  # fmt: skip
+    assert again.result == run.result
+
+
+def test_names_and_run_directories_stand_for_networks(tmp_path: Path) -> None:
+    settings = {"subset": 40}
+    go(None, "resnet8", "digits", None, "vanilla", epochs=1, data=settings, out=tmp_path / "t")
+    run = go(tmp_path / "t", "resnet8", "digits", epochs=1, data=settings)
+    assert run.result["teachers"]["teacher0"]["images"] == 898
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "misspelt argument": ({"temprature": 2.0}, RecipeError, 'did you mean "temperature"'),
+    "no test set": ({"test": None}, PotstillError, "test is missing"),
+    "no teacher": ({"teacher": None}, RecipeError, "kd takes 1 teacher, 0 given"),
+    "other classes": ({"teacher": network(1, 7)}, MethodError, "class by class"),
+    "too few outputs": ({"student": network(1, 3)}, PotstillError, "has 3 outputs"),
+    "other size": (
+        {"student": nn.Sequential(nn.Flatten(), nn.Linear(9, 4))},
+        NetworkError,
+        "cannot take images of (1, 8, 8)",
+    ),
+    "Net of another size": (
+        {"student": potstill.Net(network(1), {}, SHAPE)},
+        PotstillError,
+        "was built for images of (1, 8, 8)",
+    ),
+    "empty data": ({"train": []}, DataError, "train is empty"),
+    "labels that are words": ({"train": [(images()[0][0], "cat")]}, DataError, "label"),
+    "a named set's setting": ({"data": {"subset": 3}}, PotstillError, "data.subset"),
+    "unknown optimizer": (
+        {"optimizers": {"default": {"name": "sdg", "lr": 0.1}}},
+        RecipeError,
+        'did you mean "sgd"',
+    ),
+}
+
+
+@pytest.mark.parametrize("change, kind, message", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_refused_in_words(
+    change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    given: dict[str, Any] = {"teacher": network(1), "student": network(2)}
+    given |= {"train": images(), "test": images()} | change
+    if message.startswith("was built"):
+        wide = [(torch.zeros(1, 12, 12, dtype=torch.uint8), i % 4) for i in range(8)]
+        given |= {"train": wide, "test": wide, "teacher": None, "method": "vanilla"}
+    with pytest.raises(kind) as error:
+        go(**given)
+    assert message in str(error.value)
+
+
+def test_the_same_module_cannot_teach_itself() -> None:
+    same = network(1)
+    with pytest.raises(MethodError, match="shares weights"):
+        go(same, same, images(), images())
+    assert all(p.requires_grad for p in same.parameters())

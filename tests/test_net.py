@@ -478,6 +478,7 @@ def test_saved_keys_are_the_modules_own():
     assert list(net.predictor().state_dict()) == list(net.module.state_dict())
     normalized = Net(net.module, {}, SHAPE, ([2.0] * 3, [1.0] * 3))
     assert list(normalized.state_dict()) == list(net.module.state_dict())
+    normalized.load_state_dict(net.state_dict(), strict=True)
 
 
 def test_saved_keys_are_the_modules_own_within_a_method():

@@ -104,7 +104,7 @@ class Live:
         self.progress = Progress(
             BarColumn(bar_width=20),
             TaskProgressColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
             auto_refresh=False,

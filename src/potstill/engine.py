@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -219,6 +219,15 @@ def _step(
         p.grad = None
 
 
+class _Length(NamedTuple):
+    """Of a phase."""
+
+    images: int
+    """Of one epoch."""
+    steps_per_epoch: int
+    steps: int
+
+
 class Training:
     """A training under way: iterate `run()` to carry it on, a step at a time.
 
@@ -230,6 +239,7 @@ class Training:
         self.method, self.images, self.pace = method, images, pace
         self.phases = list(method.phases())
         check(method, pace)
+        self.lengths = [self._length_of(phase) for phase in self.phases]
         self.phase_index = 0
         self.step = 0
         self.sums: dict[str, Tensor] = {}
@@ -242,14 +252,19 @@ class Training:
         return self.phases[self.phase_index]
 
     @property
+    def steps(self) -> int:
+        """Steps of the phase at hand."""
+        return self.lengths[self.phase_index].steps
+
+    @property
     def total_steps(self) -> int:
         """Steps of all phases."""
-        return sum(self._steps_of(p)[1] for p in self.phases)
+        return sum(length.steps for length in self.lengths)
 
     @property
     def done_steps(self) -> int:
         """Steps done, in all phases."""
-        return sum(self._steps_of(p)[1] for p in self.phases[: self.phase_index]) + self.step
+        return sum(length.steps for length in self.lengths[: self.phase_index]) + self.step
 
     @property
     def finished(self) -> bool:
@@ -270,7 +285,6 @@ class Training:
             self._begin_phase()
 
     def _begin_phase(self) -> None:
-        self.steps_per_epoch, self.steps = self._steps_of(self.phase)
         self.plans = {
             u.name: self.pace.plan(self.phase.name, u.name)
             for turn in self.phase.turns
@@ -283,8 +297,7 @@ class Training:
         }
         self.base_lr = {name: o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
 
-    def _steps_of(self, phase: Phase) -> tuple[int, int]:
-        """Steps of an epoch and of a whole phase."""
+    def _length_of(self, phase: Phase) -> _Length:
         data, count = self.method.data, len(self._positions(phase, 0))
         rest = count % data.batch_size
         per_epoch = count // data.batch_size + (rest > 0 and not data.drop_last)
@@ -299,7 +312,7 @@ class Training:
                 f"{world} ranks cannot share batches of {data.batch_size} images with a last one "
                 f"of {rest}; choose data.batch_size divisible by {world}, or data.drop_last=true"
             )
-        return per_epoch, per_epoch * self.pace.epochs[phase.name]
+        return _Length(count, per_epoch, per_epoch * self.pace.epochs[phase.name])
 
     def _positions(self, phase: Phase, epoch: int) -> Tensor:
         """Positions of one epoch: the same for every rank, method and machine."""
@@ -313,8 +326,14 @@ class Training:
 
     def _run_epoch(self) -> Iterator[Moment]:
         phase, data = self.phase, self.method.data
-        epoch, start = divmod(self.step, self.steps_per_epoch)
+        length = self.lengths[self.phase_index]
+        epoch, start = divmod(self.step, length.steps_per_epoch)
         positions = self._positions(phase, epoch)
+        if len(positions) != length.images:
+            raise MethodError(
+                f"epoch {epoch} of phase '{phase.name}' has {len(positions)} images and epoch 0 "
+                f"has {length.images}; a phase's order must give the same number every epoch"
+            )
         views = torch.Generator().manual_seed(
             seed_of(self.pace.seed, "views", self.phase_index, epoch)
         )
@@ -334,7 +353,7 @@ class Training:
                 total += term
             self.summed += 1
             self.step += 1
-            done = self.step == (epoch + 1) * self.steps_per_epoch
+            done = self.step == (epoch + 1) * length.steps_per_epoch
             means = {name: total / self.summed for name, total in self.sums.items()}
             yield Moment(
                 phase.name,
@@ -348,10 +367,10 @@ class Training:
                 means,
             )
             self.method.train()  # the caller may have evaluated in between
-        if self.step % self.steps_per_epoch:
-            raise MethodError(
-                f"epoch {epoch} of phase '{phase.name}' has fewer images than epoch 0; a phase's "
-                "order must give the same number every epoch"
+        if self.step != (epoch + 1) * length.steps_per_epoch:
+            raise DataError(
+                f"epoch {epoch} ended after step {self.step}, not "
+                f"{(epoch + 1) * length.steps_per_epoch}: the data gave fewer batches than it has"
             )
 
     def _set_rates(self) -> dict[str, float]:

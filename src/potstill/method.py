@@ -88,7 +88,7 @@ class Progress:
         return self.step * self.default_epochs / self.steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outputs:
     """What one forward of a method produced; subclass it to carry connectors' outputs."""
 
@@ -108,7 +108,7 @@ def of_sum(
     return distributed.gradient(torch.stack(list(terms.values())).sum(), parameters, retain_graph)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Update(Generic[Out]):
     """One optimiser's step: which loss, and exactly which parameters it moves.
 
@@ -123,7 +123,7 @@ class Update(Generic[Out]):
     gradients: Callable[[Terms, Sequence[nn.Parameter], Progress], list[Tensor]] = of_sum
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turn(Generic[Out]):
     """One forward, then the updates that read it.
 
@@ -136,7 +136,7 @@ class Turn(Generic[Out]):
     after_step: Callable[[Out], None] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Phase:
     """A stretch of training with its own turns and fresh optimisers.
 

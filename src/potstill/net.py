@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from potstill.errors import NetworkError, TapError, did_you_mean
+from potstill.errors import NetworkError, PotstillError, TapError, did_you_mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
     """What one network produced for one batch of B images."""
 
@@ -68,14 +68,15 @@ class _Recorder:
     def __init__(self, tape: _Tape, name: str, of_input: bool, call: int) -> None:
         self.tape, self.name, self.of_input, self.call = tape, name, of_input, call
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], third: Any) -> None:
+        """As a forward hook `third` is the output, as a pre-hook the keyword arguments."""
         if self.tape.values is None:
             return
         seen = self.tape.calls.get(self.name, 0)
         self.tape.calls[self.name] = seen + 1
         if seen != self.call:
             return
-        value = args[0] if self.of_input else output
+        value = [*args, *third.values()][0] if self.of_input else third
         self.tape.values[self.name] = value
         if self.tape.versions is not None and isinstance(value, Tensor):
             self.tape.versions[self.name] = value._version
@@ -173,15 +174,21 @@ class Net(_Wrapper):
         if self.classifier_path is not None:
             self.taps.setdefault("embed", f"{self.classifier_path}:in")
         self._targets = {name: _parse(name, text) for name, text in self.taps.items()}
-        for name, target in self._targets.items():
-            self._install(name, target)
-        self.shapes, self.num_classes = self._dry_run()
+        try:
+            for name, target in self._targets.items():
+                self._install(name, target)
+            self.shapes, self.num_classes = self._dry_run()
+        except BaseException:
+            self.close()
+            raise
 
     def forward(self, image: Tensor) -> Captured:
         """Run once and capture. (B, C, H, W) -> Captured"""
         self._tape.values, self._tape.calls = {}, {}
-        logits = self.logits(image)
-        features, self._tape.values = self._tape.values, None
+        try:
+            logits, features = self.logits(image), self._tape.values
+        finally:
+            self._tape.values = None
         return Captured(logits, features)
 
     def logits(self, image: Tensor) -> Tensor:
@@ -212,6 +219,7 @@ class Net(_Wrapper):
 
     def close(self) -> None:
         """Remove this Net's hooks, so that the module is again as it was given."""
+        self._tape.values = None
         for module in self.module.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in list(hooks.items()):
@@ -225,7 +233,7 @@ class Net(_Wrapper):
         return self.shapes[tap]
 
     def _install(self, name: str, target: _Target) -> None:
-        modules = dict(self.module.named_modules())
+        modules = dict(self.module.named_modules(remove_duplicate=False))
         if target.path not in modules:
             near = did_you_mean(target.path, modules)
             raise TapError(
@@ -235,7 +243,7 @@ class Net(_Wrapper):
             )
         recorder = _Recorder(self._tape, name, target.of_input, target.call or 0)
         if target.of_input:
-            modules[target.path].register_forward_pre_hook(recorder)
+            modules[target.path].register_forward_pre_hook(recorder, with_kwargs=True)
         else:
             modules[target.path].register_forward_hook(recorder)
 
@@ -279,10 +287,13 @@ class Net(_Wrapper):
             self.module.train(training)
             with torch.no_grad(), torch.random.fork_rng(devices):
                 output = self.module(image)
-        except (RuntimeError, ValueError) as error:
+        except PotstillError:
+            raise
+        except Exception as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise NetworkError(
                 f"{type(self.module).__name__} cannot take images of {self.input_shape} "
-                f"(channels, height, width): {str(error).splitlines()[0]}"
+                f"(channels, height, width): {said}"
             ) from error
         finally:
             for module, mode in modes:

@@ -68,8 +68,8 @@ class Assembled:
     data: datasets.Data
     device: torch.device
     compile: bool
-    names: Sequence[str | None]
-    """The students' architectures, None for a module that has no name here."""
+    names: Sequence[str]
+    """The students' architectures, or where their classes come from; likewise the teachers'."""
     teacher_names: Sequence[str]
     evaluate_every: int = 1
 
@@ -507,7 +507,8 @@ def evaluate_run(directory: Path) -> dict[str, Scores]:
     if run.result is None:
         raise PotstillError(f"{directory} has not finished; continue it with --resume")
     stored = {name: run.load_predictor(name) for name in run.result["scores"]}
-    data = load_data(recipe, torch.device("cpu"))
+    device = choose_device("auto")
+    data = load_data(recipe, device)
     if all(about["model"] is not None for _, about in stored.values()):
         predictors = {
             name: model_weights.network(
@@ -524,7 +525,7 @@ def evaluate_run(directory: Path) -> dict[str, Scores]:
         predictors = dict(assemble(recipe).method.predictors())
         for name, (tensors, _) in stored.items():
             predictors[name].load_state_dict(tensors)
-    return evaluate(predictors, data.test)
+    return evaluate({name: p.to(device) for name, p in predictors.items()}, data.test)
 
 
 def evaluate_weights(
@@ -537,8 +538,8 @@ def evaluate_weights(
     name = model or found.model
     if name is None:
         raise NetworkError(f"{weights} does not say its architecture; add --model NAME")
-    data = datasets.load(dataset, root=root)
-    split = data.test
+    device = choose_device("auto")
+    split = datasets.load(dataset, root=root, device=device).test
     net = model_weights.network(
         name, found, len(split.classes), split.input_shape, split.mean, split.std
     )
@@ -546,4 +547,4 @@ def evaluate_weights(
         raise NetworkError(
             f"{weights} has {net.num_classes} classes, and {dataset} has {len(split.classes)}"
         )
-    return evaluate({name: net.predictor()}, split)
+    return evaluate({name: net.predictor().to(device)}, split)

@@ -97,6 +97,7 @@ def _own(
     finally:
         sys.path.pop(0)
     if isinstance(made, Net):
+        made.close()
         made = Net(made.module, made.taps, input_shape, normalize)
     elif isinstance(made, nn.Module):
         made = Net(made, {}, input_shape, normalize)

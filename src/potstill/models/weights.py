@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,8 +72,11 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # of pickle protocols: what matters is raised below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise StorageError(f"{path} is damaged or not a PyTorch file") from None
         raise NetworkError(
-            f"{path} holds more than weights ({_first_line(error)}), and reading it would run code "
+            f"{path} holds more than weights ({found[1]}), and reading it would run code "
             "from the file; save its state_dict alone and give that"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

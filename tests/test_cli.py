@@ -65,6 +65,7 @@ def test_train_says_what_happens_and_leaves_a_run(potstill: Potstill) -> None:
         "result.json",
         "student.safetensors",
         "checkpoints",
+        ".lock",
     }
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 
 from potstill.files import load_tensors
+from potstill.run import Run
 from tests.methods.test_contract import ALL
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +97,26 @@ def test_torchrun_trains_one_run(tmp_path: Path) -> None:
     assert done.stdout.count("distill epoch 2 ·") == 1
     assert json.loads((out / "env.json").read_text())["world_size"] == 2
     assert json.loads((out / "result.json").read_text())["scores"]["student"]["images"] == 898
+
+
+def test_several_ranks_save_before_they_stop(tmp_path: Path) -> None:
+    """As a terminal does on Ctrl-C: the signal goes to every process of the group."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "potstill", "train", "digits/vanilla", "epochs=2000"]
+    command += ["evaluate_every=500", "--out", str(out)]
+    ranks = start_ranks(2, command, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
+            break
+        time.sleep(0.1)
+    for process in ranks:
+        process.send_signal(signal.SIGINT)
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [130, 130], errors
+    assert not any("Traceback" in e for e in errors), errors
+    checkpoint = Run.open(out).latest_checkpoint()
+    assert checkpoint is not None
+    assert f"saved after step {checkpoint.step} of" in errors[0]
 
 
 def test_ranks_that_cannot_share_a_batch_are_told(tmp_path: Path) -> None:

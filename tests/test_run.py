@@ -539,3 +539,18 @@ def test_each_difference_that_changes_bits_is_one_sentence():
     assert f"the number of PyTorch threads was {old['threads']} and is now 99." in found
     del old["precision"]
     assert "the precision was not recorded and is now bf16." in differences(old, new)
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path):
+    run = Run.create(tmp_path / "run", "", {})
+    other = Run.open(tmp_path / "run")
+    with run.locked():
+        again = pytest.raises(PotstillError, match="another process is training into")
+        with again, other.locked():
+            pass
+        with other.locked(wanted=False):
+            pass
+    with other.locked():
+        pass
+    with Run.create(None, "", {}).locked():
+        pass

@@ -13,6 +13,7 @@ hashes last, and then the folder is renamed into place.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -22,7 +23,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from potstill import files
 from potstill.errors import PotstillError, StorageError, did_you_mean
 
 RECIPE, ENVIRONMENT, METRICS, RESULT = "recipe.yaml", "env.json", "metrics.jsonl", "result.json"
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT = 1  # of a checkpoint
@@ -121,6 +124,25 @@ class Run:
     def environment(self) -> dict[str, Any]:
         """What `create` was given: versions, hardware, settings."""
         return self._read_object(ENVIRONMENT)
+
+    @contextmanager
+    def locked(self, wanted: bool = True) -> Iterator[None]:
+        """Nobody else trains into this folder meanwhile. Raises PotstillError where somebody does.
+
+        The system lets go of the lock when the process ends, however it ends.
+        """
+        if self.directory is None or not wanted:
+            yield
+            return
+        with open(self.directory / LOCK, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise PotstillError(
+                    f"another process is training into {self.directory}; wait for it, or choose "
+                    "another folder with --out"
+                ) from error
+            yield
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, flushed to the disk. Raises StorageError.

@@ -313,7 +313,7 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> dict[str, Any]:
         engine.compile_networks(job.method)
     saved = began = time.monotonic()
     images = 0
-    with _stop_requests() as requested:
+    with run.locked(main), _stop_requests() as requested:
         for moment in training.run():
             images += moment.images
             watcher.step(training.done_steps, total, moment)
@@ -477,12 +477,14 @@ def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
 def _stop_requests() -> Iterator[list[int]]:
     """Collects Ctrl-C and SIGTERM, to be acted on between two steps; a second Ctrl-C is immediate.
 
-    Ranks other than 0 leave it to rank 0, which saves what all of them share.
+    Among several ranks, rank 0 alone acts: it saves what all of them share and leaves, and the
+    others end with it. There a second signal is the launcher's, not an impatient user's.
     """
     requested: list[int] = []
+    alone = distributed.world_size() == 1
 
     def note(number: int, frame: Any) -> None:
-        if requested and number == signal.SIGINT and distributed.rank() == 0:
+        if requested and number == signal.SIGINT and alone:
             raise KeyboardInterrupt
         requested.append(number)
 
@@ -492,6 +494,10 @@ def _stop_requests() -> Iterator[list[int]]:
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requested
+    except RuntimeError:
+        if requested and not alone:  # rank 0 has left in the middle of a collective
+            raise Interrupted("stopped together with rank 0") from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill import recipe
+from potstill import strict_yaml
 from potstill.errors import RecipeError, StorageError
 from potstill.method import Method
 from potstill.methods import METHODS
@@ -189,7 +189,7 @@ def test_an_integer_will_do_for_a_number():
     + [(t, t) for t in ("no", "on", "010", "1:30", "2024-01-01", "1_000", "0x10", "x: y"[:1])],
 )
 def test_scalars_are_those_of_yaml_1_2(text, value):
-    assert recipe._parse(text) == (value, [])
+    assert strict_yaml.parse(text) == (value, [])
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -638,7 +638,7 @@ def test_a_gradient_in_another_layout_than_its_parameter_is_stepped_right(fused:
     assert w.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_losses_are_computed_outside_autocast():
+def test_networks_are_autocast_and_a_methods_own_layers_and_losses_are_not():
     seen = {}
 
     def forward(batch: Batch, progress: Progress, previous: Any) -> Captured:
@@ -651,12 +651,13 @@ def test_losses_are_computed_outside_autocast():
         return {"ce": F.cross_entropy(out.logits, BATCH.label)}
 
     net = toy_net()
+    net.precision = torch.bfloat16
     parameters = list(net.parameters())
     phase = Phase("p", [Turn(forward, [Update("u", loss, parameters)])], 1)
     optimizers = {"u": sgd(parameters, 0.1)}
-    train_step(phase, optimizers, BATCH, progress(), 0, torch.bfloat16)
+    train_step(phase, optimizers, BATCH, progress(), 0)
     assert seen == {
-        "forward": True,
+        "forward": False,
         "loss": False,
         "dtypes": (torch.bfloat16, torch.float32),
     }

@@ -37,8 +37,6 @@ def main() -> None:
             app()
     except PotstillError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted before anything could be saved since the last checkpoint", 130)
     except OSError as error:
         if error.filename is None:
             raise
@@ -167,8 +165,11 @@ def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A finished run's directory.")] = None,
     model: Annotated[str | None, typer.Option(help="An architecture, with --weights.")] = None,
     weights: Annotated[Path | None, typer.Option(help="A .pth, .safetensors or run.")] = None,
-    data: Annotated[str, typer.Option(help="A data set by name.")] = "cifar100",
+    data: Annotated[str | None, typer.Option(help="A data set by name, with --weights.")] = None,
     root: Annotated[Path | None, typer.Option(help="Where the data are.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let a run's recipe import py:module:factory.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Accuracy of a run's predictors, or of a model with weights, on the test images.
@@ -180,7 +181,9 @@ def evaluate(
     if (run is None) == (model is None and weights is None):
         raise PotstillError("give a run's directory, or --model and --weights")
     if run is not None:
-        scores = training.evaluate_run(run)
+        if data is not None:
+            raise PotstillError("a run is measured on its own data: leave --data out")
+        scores = training.evaluate_run(run, root, allow_code)
     else:
         scores = training.evaluate_weights(model, weights, data, root)
     if as_json:

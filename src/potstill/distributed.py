@@ -17,14 +17,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from potstill.errors import PotstillError
+
 
 def start() -> None:
     """Join the process group that `torchrun` announces; nothing to do in a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend)
+        if not torch.cuda.is_available():
+            dist.init_process_group("gloo")
+            return
+        local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= devices:
+            raise PotstillError(
+                f"rank {local_rank} of this machine has no GPU of its own, there are {devices}; "
+                f"start at most {devices} processes on it"
+            )
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")
 
 
 def stop() -> None:
@@ -50,24 +59,26 @@ def local(x: Tensor) -> Tensor:
     return x[r * n // w : (r + 1) * n // w]
 
 
-def sum_(tensors: Sequence[Tensor]) -> None:
-    """Replace every tensor by its sum over ranks, in one bucket per dtype."""
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """New tensors that are the sums over ranks, sent in one bucket per dtype.
+
+    New, because autograd hands out one tensor for several parameters, or an expanded one.
+    """
     if world_size() == 1:
-        return
-    for dtype in {t.dtype for t in tensors}:
-        bucket = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.reshape(-1) for t in bucket])
+        return list(tensors)
+    found: dict[int, Tensor] = {}
+    for dtype in sorted({t.dtype for t in tensors}, key=str):  # every rank in the same order
+        bucket = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        flat = torch.cat([tensors[i].reshape(-1) for i in bucket])
         dist.all_reduce(flat)
-        for t, part in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
-            t.copy_(part.view(t.shape))
+        parts = torch.split(flat, [tensors[i].numel() for i in bucket])
+        found |= {i: part.view(tensors[i].shape) for i, part in zip(bucket, parts, strict=True)}
+    return [found[i] for i in range(len(tensors))]
 
 
-def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace every tensor by its mean over ranks."""
-    if world_size() > 1:
-        sum_(tensors)
-        for t in tensors:
-            t.div_(world_size())
+def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """New tensors that are the means over ranks."""
+    return [t / world_size() for t in summed(tensors)] if world_size() > 1 else list(tensors)
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
@@ -98,8 +109,7 @@ def gradient(
         )
     else:
         gradients = [torch.zeros_like(p) for p in parameters]
-    average_(gradients)
-    return gradients
+    return averaged(gradients)
 
 
 class _Gather(torch.autograd.Function):
@@ -113,7 +123,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may share its own
         dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -37,7 +37,8 @@ class Pace:
 
     `epochs` by phase name. `plans` by "phase.update", "update" or "default", the first that
     exists; their milestones and warm-ups count in epochs of a phase that is `lengths` long.
-    `precision` is the type that forwards are autocast to, None for none.
+    `precision` is the type that networks are autocast to, None for none; a method's own layers and
+    losses are computed in float32.
     """
 
     epochs: Mapping[str, int]
@@ -171,7 +172,6 @@ def train_step(
     batch: Batch,
     progress: Progress,
     seed: int,
-    precision: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """One batch through every turn of a phase; the named terms, detached.
 
@@ -182,14 +182,16 @@ def train_step(
     out: Any = None
     for t, turn in enumerate(phase.turns):
         torch.manual_seed(seed_of(seed, phase.name, progress.epoch, progress.step, t))
-        # the cache would hand casts made under no_grad to a forward that needs gradients
-        with torch.autocast(
-            batch.image.device.type, precision, precision is not None, cache_enabled=False
-        ):
-            out = turn.forward(batch, progress, out)
+        out = turn.forward(batch, progress, out)
         gradients = []
         for u, update in enumerate(turn.updates):
             terms = update.loss(out)
+            for name, term in terms.items():
+                if term.dim():  # its sum over images would train, with a gradient B times too large
+                    raise MethodError(
+                        f"term '{name}' of update '{update.name}' has shape {tuple(term.shape)}; a "
+                        "term is a scalar: take the mean over images in the loss"
+                    )
             final = turn is phase.turns[-1] and u == len(turn.updates) - 1
             if final and update.gradients is of_sum:  # frees activations while going backwards
                 found = of_sum(terms, update.parameters, progress, retain_graph=False)
@@ -239,6 +241,8 @@ class Training:
         self.method, self.images, self.pace = method, images, pace
         self.phases = list(method.phases())
         check(method, pace)
+        for net in (*method.nets, *method.teachers):
+            net.precision = pace.precision
         self.lengths = [self._length_of(phase) for phase in self.phases]
         self.phase_index = 0
         self.step = 0
@@ -275,14 +279,20 @@ class Training:
         """Carry on to the end, yielding after each step."""
         while True:
             if self.step == 0 and self.phase.prepare is not None:
-                with torch.no_grad():
-                    self.phase.prepare(self.images.clean(self.method.data.batch_size))
+                self._prepare(self.phase.prepare)
             while self.step < self.steps:
                 yield from self._run_epoch()
             if self.phase_index == len(self.phases) - 1:
                 return
             self.phase_index, self.step = self.phase_index + 1, 0
             self._begin_phase()
+
+    def _prepare(self, prepare: Callable[[Iterable[Batch]], None]) -> None:
+        torch.manual_seed(seed_of(self.pace.seed, self.phase.name, "prepare"))
+        self.method.eval()
+        with torch.no_grad():
+            prepare(self.images.clean(self.method.data.batch_size))
+        distributed.broadcast_(self.method)
 
     def _begin_phase(self) -> None:
         self.plans = {
@@ -343,12 +353,8 @@ class Training:
         for batch in self.images.batches(positions, views, data.batch_size, start, data.drop_last):
             progress = Progress(epoch, self.step, self.steps, phase.epochs)
             lr = self._set_rates()
-            terms = train_step(
-                phase, self.optimizers, batch, progress, self.pace.seed, self.pace.precision
-            )
-            # every rank now holds one model and one record: rank 0's checkpoint is everybody's
-            distributed.average_([*distributed.statistics(self.method), *terms.values()])
-            for name, term in terms.items():
+            terms = train_step(phase, self.optimizers, batch, progress, self.pace.seed)
+            for name, term in self._shared(terms).items():
                 total = self.sums.setdefault(name, torch.zeros_like(term, dtype=torch.float64))
                 total += term
             self.summed += 1
@@ -372,6 +378,19 @@ class Training:
                 f"epoch {epoch} ended after step {self.step}, not "
                 f"{(epoch + 1) * length.steps_per_epoch}: the data gave fewer batches than it has"
             )
+
+    def _shared(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms' means over ranks; BatchNorm's averages become their means as well.
+
+        Every rank then holds one model and one record: rank 0's checkpoint is everybody's.
+        """
+        if distributed.world_size() == 1:
+            return dict(terms)
+        statistics = distributed.statistics(self.method)
+        means = distributed.averaged([*statistics, *terms.values()])
+        for own, mean in zip(statistics, means, strict=False):
+            own.copy_(mean)
+        return dict(zip(terms, means[len(statistics) :], strict=True))
 
     def _set_rates(self) -> dict[str, float]:
         rates, length = {}, self.pace.lengths[self.phase.name]
@@ -417,8 +436,10 @@ class Training:
         for name, optimizer in self.optimizers.items():
             for i, p in enumerate(_parameters_of(optimizer)):
                 prefix = f"optimizers/{name}/{i}/"
+                defaults = optimizer.defaults
+                counts_there = bool(defaults.get("fused") or defaults.get("capturable"))
                 state = {
-                    k[len(prefix) :]: _like(p, v)
+                    k[len(prefix) :]: _like(p, v, counts_there)
                     for k, v in tensors.items()
                     if k.startswith(prefix)
                 }
@@ -435,12 +456,13 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _like(p: nn.Parameter, value: Tensor) -> Tensor:
+def _like(p: nn.Parameter, value: Tensor, counts_there: bool) -> Tensor:
     """A stored optimiser tensor, on the parameter's device and in its memory format.
 
     Files hold contiguous tensors, and a fused optimiser steps silently wrong where the formats of
-    state and parameter differ.
+    state and parameter differ. Step counters lie on the parameter's device where `counts_there`
+    (fused and capturable optimisers), else on the CPU.
     """
     if value.shape != p.shape:
-        return value.clone()  # step counters, which torch keeps on the CPU
+        return value.to(p.device) if counts_there else value.clone()
     return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -31,7 +31,7 @@ class Scores(NamedTuple):
     images: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would poison what a module caches for training
 def evaluate(
     predictors: Mapping[str, nn.Module], images: Images, batch_size: int = 500
 ) -> dict[str, Scores]:
@@ -47,14 +47,15 @@ def evaluate(
     try:
         for batch in images.clean(batch_size, sharded=True):
             for name, predictor in predictors.items():
-                counted = _count(predictor(batch.image), batch.label)
-                sums[name] = sums[name] + counted if name in sums else counted
+                empty = torch.zeros(4, dtype=torch.float64, device=batch.label.device)
+                # a rank's share of a short last batch may be nothing, and still counts as its part
+                counted = _count(predictor(batch.image), batch.label) if len(batch.label) else empty
+                sums[name] = sums.get(name, empty) + counted
     finally:
         for module, mode in modes.items():
             module.training = mode
-    distributed.sum_(list(sums.values()))
     scores = {}
-    for name, total in sums.items():
+    for name, total in zip(sums, distributed.summed(list(sums.values())), strict=True):
         top1, top5, loss, count = total.tolist()
         scores[name] = Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
     return scores

@@ -142,8 +142,10 @@ class Phase:
 
     `order(data, epoch, generator)` gives the positions in `data.indices` of one epoch, (m,) int64
     with the same m every epoch; the default is a permutation of all. `prepare` sees the clean
-    training images once, in index order, before the first step; what it computes belongs in
-    buffers, because it is not run again on resume.
+    training images once, in index order, before the first step, in eval mode and without
+    gradients; what it computes belongs in buffers, because it is not run again on resume.
+    `predictors` is what is evaluated while the phase runs: by default the method's own, and {}
+    where nothing predicts yet.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Phase:
     epochs: int
     order: Callable[[DataSpec, int, torch.Generator], Tensor] | None = None
     prepare: Callable[[Iterable[Batch]], None] | None = None
+    predictors: Callable[[], Mapping[str, nn.Module]] | None = None
 
 
 class Method(nn.Module):
@@ -189,7 +192,14 @@ class Method(nn.Module):
         ):
             if fault := wrong_count(role, len(given), low, high):
                 raise MethodError(f"{name}: {fault}")
-        own = {id(p): i for i, s in enumerate(students) for p in s.parameters()}
+        own: dict[int, int] = {}
+        for i, student in enumerate(students):
+            for p in student.parameters():
+                if own.setdefault(id(p), i) != i:
+                    raise MethodError(
+                        f"{name}: students {own[id(p)]} and {i} share weights; each learns on its "
+                        "own: pass copy.deepcopy(...) of one of them"
+                    )
         for t, teacher in enumerate(teachers):
             for p in teacher.parameters():
                 if id(p) in own:

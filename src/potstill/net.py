@@ -168,9 +168,18 @@ class Net(_Wrapper):
         self.register_buffer("scale", _per_channel(scale), persistent=False)
         self.register_buffer("shift", _per_channel(shift), persistent=False)
         self.input_shape = tuple(input_shape)
+        self.precision: torch.dtype | None = None
+        """What `forward` is autocast to; None for none. `logits` and `predictor` never are."""
+        image_like = len(self.input_shape) == 3
+        self.memory_format = torch.channels_last if image_like else torch.contiguous_format
+        """How images reach the module; contiguous where it cannot take them otherwise."""
         self._tape = _Tape()
         self.taps = dict(taps or {})
-        self.classifier_path = self._find_classifier()
+        try:
+            self.classifier_path = self._find_classifier()
+        except NetworkError:  # x.view(len(x), -1) needs contiguous images
+            self.memory_format = torch.contiguous_format
+            self.classifier_path = self._find_classifier()
         if self.classifier_path is not None:
             self.taps.setdefault("embed", f"{self.classifier_path}:in")
         self._targets = {name: _parse(name, text) for name, text in self.taps.items()}
@@ -186,7 +195,12 @@ class Net(_Wrapper):
         """Run once and capture. (B, C, H, W) -> Captured"""
         self._tape.values, self._tape.calls = {}, {}
         try:
-            logits, features = self.logits(image), self._tape.values
+            if self.precision is None:
+                logits = self.logits(image)
+            else:  # the cache would hand casts made under no_grad to a forward with gradients
+                with torch.autocast(image.device.type, self.precision, cache_enabled=False):
+                    logits = self.logits(image)
+            features = self._tape.values
         finally:
             self._tape.values = None
         return Captured(logits, features)
@@ -195,7 +209,7 @@ class Net(_Wrapper):
         """The network's prediction alone, in at least float32. (B, C, H, W) -> (B, K)"""
         if self.scale is not None and self.shift is not None:
             image = image * self.scale + self.shift
-        output = self.module(image)
+        output = self.module(image.contiguous(memory_format=self.memory_format))
         return in_full(output if isinstance(output, Tensor) else output.logits)
 
     def predictor(self) -> nn.Module:
@@ -277,7 +291,7 @@ class Net(_Wrapper):
     def _try_out(self, training: bool) -> Tensor:
         """One forward of two images that leaves modes, buffers and random state as they were."""
         reference = next((p for p in self.module.parameters() if p.is_floating_point()), None)
-        image = torch.zeros(2, *self.input_shape)
+        image = torch.zeros(2, *self.input_shape).contiguous(memory_format=self.memory_format)
         if reference is not None:
             image = image.to(reference)
         modes = [(m, m.training) for m in self.module.modules()]
@@ -353,6 +367,11 @@ def affine_between(
     """
     if list(mean) == list(own_mean) and list(std) == list(own_std):
         return None
+    if len(mean) != len(own_mean):
+        raise NetworkError(
+            f"a network for images of {len(own_mean)} channels cannot take those of the data, "
+            f"which have {len(mean)}"
+        )
     pairs = list(zip(mean, std, own_mean, own_std, strict=True))
     return [s / t for _, s, _, t in pairs], [(m - n) / t for m, _, n, t in pairs]
 

@@ -62,7 +62,8 @@ def distill(
     `train` alone is a name such as "cifar100", or a folder with train/ and test/ in it. `data`
     holds further settings: {"padding": 4, "flip": True, "subset": 5000} ...
 
-    `epochs` are of the whole training, None for the published length; `optimizers` as in a recipe.
+    `epochs` are of the whole training, None for the published length. `optimizers` are as in a
+    recipe, their milestones and warm-ups in epochs of this training.
     `arguments` are the method's own. With `out` the run is a directory that `resume` continues;
     without, nothing is written. A student module is trained in place; a teacher is not changed.
 
@@ -92,7 +93,7 @@ def distill(
             },
             "optimizers": optimizers or DEFAULT_OPTIMIZERS,
             "epochs": epochs,
-            "schedule_epochs": {},
+            "schedule_epochs": {} if optimizers is None else None,
             "seed": seed,
             "precision": precision,
             "compile": compile,

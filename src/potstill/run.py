@@ -13,7 +13,7 @@ hashes last, and then the folder is renamed into place.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import importlib.metadata
 import os
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,8 @@ class Run:
         """A new run. Raises PotstillError when the folder holds one, StorageError on the disk's."""
         run = cls(None if directory is None else Path(directory))
         if run.directory is not None:
+            cls.require_absent(run.directory)
             try:
-                for name in (RECIPE, METRICS, CHECKPOINTS, RESULT):
-                    if (run.directory / name).exists():
-                        raise PotstillError(
-                            f"{directory} already holds a run ({name}): continue it with "
-                            "--resume, or choose another folder with --out"
-                        )
                 run.directory.mkdir(parents=True, exist_ok=True)
                 files.sync_folder(run.directory.parent)
             except OSError as error:
@@ -93,6 +88,16 @@ class Run:
         run._write(RECIPE, recipe.encode())
         run._write(METRICS, b"")
         return run
+
+    @staticmethod
+    def require_absent(directory: str | Path) -> None:
+        """Raises PotstillError when the folder already holds a run."""
+        for name in (RECIPE, METRICS, CHECKPOINTS, RESULT):
+            if os.path.exists(os.path.join(directory, name)):
+                raise PotstillError(
+                    f"{directory} already holds a run ({name}): continue it with --resume, or "
+                    "choose another folder with --out"
+                )
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
@@ -136,8 +141,8 @@ class Run:
             return
         with open(self.directory / LOCK, "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                _lock(file)
+            except BlockingIOError as error:
                 raise PotstillError(
                     f"another process is training into {self.directory}; wait for it, or choose "
                     "another folder with --out"
@@ -263,12 +268,17 @@ class Run:
             raise StorageError("\n".join(["no checkpoint is whole, start a new run:", *faults]))
         return None
 
-    def rewind(self, checkpoint: Checkpoint) -> None:
-        """Cut metrics.jsonl back to what it was at a checkpoint. Raises StorageError."""
+    def rewind(self, checkpoint: Checkpoint | None) -> None:
+        """Cut metrics.jsonl back to what it was at a checkpoint, or at the start for None.
+
+        Raises StorageError.
+        """
         if self.directory is None:
             return
         path = self.directory / METRICS
         have = len(self._read_metrics())
+        if checkpoint is None:
+            checkpoint = Checkpoint(0, {}, {}, 0)
         if have < checkpoint.metrics_bytes:
             # Extending it would fill it with zeros; the training itself needs none of it.
             warnings.warn(
@@ -409,6 +419,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key, label in labels.items()
         if old.get(key) != new.get(key)
     ]
+
+
+def _lock(file: IO[str]) -> None:
+    """Raises BlockingIOError where another process holds it. Not everywhere are there locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError from error
 
 
 def _whole_lines(data: bytes) -> bytes:

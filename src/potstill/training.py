@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from potstill import data as datasets
 from potstill import distributed, engine
 from potstill.errors import NetworkError, PotstillError
 from potstill.evaluate import Scores, evaluate
-from potstill.method import DataSpec, Method
+from potstill.method import DataSpec, Method, Phase
 from potstill.methods import METHODS
 from potstill.models import weights as model_weights
 from potstill.net import Net, Predictor, own_statistics
@@ -112,7 +113,13 @@ def assemble(recipe: Recipe) -> Assembled:
     students = []
     for i, network in enumerate(recipe.students):
         torch.manual_seed(seed_of(recipe.seed, "student", i))
-        students.append(build_network(network, data, f"students.{i}")[0])
+        net, classes = build_network(network, data, f"students.{i}")
+        if list(classes) != list(data.train.classes):
+            raise NetworkError(
+                f"students.{i}.weights were trained on {len(classes)} classes that are not those "
+                f"of data.name={data.name}; start a student from weights of the same classes"
+            )
+        students.append(net)
     taught = [build_network(n, data, f"teachers.{i}") for i, n in enumerate(recipe.teachers)]
     return put_together(recipe, data, students, taught, device)
 
@@ -166,6 +173,8 @@ def build_network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Seq
             raise NetworkError(f"{key}.name={name} does not say its architecture; give the name")
         name = found.model
     split, own = data.train, network.normalize
+    # data that normalise themselves reach every network as they are
+    unstated = (split.mean, split.std) if isinstance(split.images, datasets.UserSet) else None
     net = model_weights.network(
         name,
         found,
@@ -173,9 +182,10 @@ def build_network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Seq
         split.input_shape,
         split.mean,
         split.std,
-        (own.mean, own.std) if own is not None else None,
+        (own.mean, own.std) if own is not None else unstated,
     )
     if found is not None and found.classes is not None:
+        _require_same_names(found, data, key)
         return net, found.classes
     if net.num_classes != len(split.classes):
         raise NetworkError(
@@ -183,6 +193,18 @@ def build_network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Seq
             f"{len(split.classes)}; give a network that was trained on these classes"
         )
     return net, split.classes
+
+
+def _require_same_names(found: model_weights.Weights, data: datasets.Data, key: str) -> None:
+    """A class id that both sides know must mean the same class."""
+    theirs = dict(zip(found.classes or (), found.about.get("class_names") or (), strict=False))
+    ours = dict(zip(data.train.classes, data.class_names, strict=True))
+    for number in theirs.keys() & ours.keys():
+        if theirs[number] != ours[number]:
+            raise NetworkError(
+                f"{key} was trained on {found.about.get('data')}, where class {number} is "
+                f"'{theirs[number]}'; in {data.name} it is '{ours[number]}'"
+            )
 
 
 def _plan(optimizer: Any) -> OptimizerPlan:
@@ -206,8 +228,8 @@ def data_spec(
     return DataSpec(
         list(split.classes),
         [list(c) for c in teacher_classes],
-        split.indices,
-        split.labels,
+        split.indices.cpu(),
+        split.labels.cpu(),
         len(split.images),
         batch_size,
         drop_last,
@@ -219,8 +241,19 @@ def data_spec(
 
 def _place(method: Method, device: torch.device, channels_last: bool) -> None:
     """Move to the device and lay out convolutions' weights; the same weights on every rank."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    method.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    for role, nets in (("student", method.nets), ("teacher", method.teachers)):
+        for i, net in enumerate(nets):
+            types = {p.dtype for p in net.parameters() if p.is_floating_point()}
+            if types - {torch.float32}:
+                found = ", ".join(sorted(map(str, types)))
+                raise NetworkError(
+                    f"{role} {i} has weights in {found}; call .float() on it first, and "
+                    " choose precision=bf16 for the arithmetic"
+                )
+            if not channels_last:
+                net.memory_format = torch.contiguous_format
+            net.to(memory_format=net.memory_format)  # type: ignore[call-overload]
+    method.to(device)
     distributed.broadcast_(method)
 
 
@@ -254,8 +287,8 @@ def train(recipe: Recipe, place: Path, watcher: Watcher, resume: bool = False) -
     """
     there = (place / "recipe.yaml").is_file()
     distributed.barrier()  # every rank has looked before rank 0 makes it
-    if there and not resume:
-        Run.create(place, "", {})  # refuses, in words, before any work is done
+    if not resume:
+        Run.require_absent(place)  # before any work is done
     if there:
         run = Run.open(place)
         _require_same_recipe(run, recipe)
@@ -274,15 +307,16 @@ def train(recipe: Recipe, place: Path, watcher: Watcher, resume: bool = False) -
 
 
 def _require_same_recipe(run: Run, recipe: Recipe) -> None:
+    """Where the data lie, and on which device they are trained, may change."""
     there = loads(run.recipe, source=f"{run.directory}/recipe.yaml", allow_code=True)
-    if there == recipe:
-        return
     old, new = _flat(there.model_dump()), _flat(recipe.model_dump())
     changes = [
         f"{k} is {old.get(k)} there and {new.get(k)} here"
         for k in {**old, **new}
-        if old.get(k) != new.get(k)
+        if old.get(k) != new.get(k) and k not in ("device", "data.root", "data.workers")
     ]
+    if not changes:
+        return
     raise PotstillError(
         f"{run.directory} was started with another recipe: {'; '.join(changes)}; choose another "
         "directory (--out), or the same settings"
@@ -299,49 +333,73 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {k: v for part in parts for k, v in part.items()}
 
 
-def carry_out(job: Assembled, run: Run, watcher: Watcher) -> dict[str, Any]:
-    """Train to the end, from the run's newest checkpoint if it has one; the result.
+def carry_out(job: Assembled, run: Run, watcher: Watcher) -> None:
+    """Train to the end, from the run's newest checkpoint if it has one, and write the result.
 
     Saves after every epoch, every five minutes, and on Ctrl-C, which raises Interrupted.
     """
-    training = job.training
-    main, total = distributed.rank() == 0, training.total_steps
-    _introduce(job, watcher)
-    teachers = _check_teachers(job, watcher)
-    _resume(job, run, watcher)
-    if job.compile:
-        engine.compile_networks(job.method)
+    main = distributed.rank() == 0
+    with run.locked(main):
+        _introduce(job, watcher)
+        teachers = _check_teachers(job, watcher)
+        _resume(job, run, watcher)
+        if job.compile:
+            engine.compile_networks(job.method)
+        with _stop_requests() as requested:
+            _train(job, run, watcher, requested)
+        # the split that chose nothing: with a validation split the test set is touched here alone
+        tested = None if job.data.validation is None else _scores(job, job.data.test)
+        if main:
+            for name, predictor in job.method.predictors().items():
+                run.save_predictor(name, predictor.state_dict(), _about(job, predictor))
+            run.finish(_result(job, run.metrics, teachers, tested))
+        distributed.barrier()  # every rank may read it now
+
+
+def _train(job: Assembled, run: Run, watcher: Watcher, requested: Sequence[int]) -> None:
+    training, main = job.training, distributed.rank() == 0
     saved = began = time.monotonic()
     images = 0
-    with run.locked(main), _stop_requests() as requested:
-        for moment in training.run():
-            images += moment.images
-            watcher.step(training.done_steps, total, moment)
-            if moment.epoch_done:
-                due = moment.epoch % job.evaluate_every == 0 or training.finished
-                scores = evaluate(job.method.predictors(), job.held_out) if due else {}
-                seconds = time.monotonic() - began
-                record = _record(job, moment, training.done_steps, scores, images, seconds)
-                began, images = time.monotonic(), 0
-                watcher.epoch(record)
-                if main:
-                    run.append(record)
-            late = time.monotonic() - saved > CHECKPOINT_SECONDS
-            if main and (moment.epoch_done or late or requested):
-                run.save_checkpoint(training.done_steps, *training.state())
-                saved = time.monotonic()
-                if requested and not training.finished:
-                    raise Interrupted(
-                        f"interrupted, and saved after step {training.done_steps} of {total}; "
-                        "continue with --resume"
-                    )
-    result = _result(job, run.metrics, teachers)
-    if main:
-        for name, predictor in job.method.predictors().items():
-            run.save_predictor(name, predictor.state_dict(), _about(job, predictor))
-        run.finish(result)
-    distributed.barrier()  # every rank may read it now
-    return result
+    for moment in training.run():
+        images += moment.images
+        watcher.step(training.done_steps, training.total_steps, moment)
+        if moment.epoch_done:
+            due = moment.epoch % job.evaluate_every == 0 or moment.step == moment.steps
+            scores = _scores(job, job.held_out, training.phase) if due else {}
+            seconds = time.monotonic() - began
+            record = _record(job, moment, training.done_steps, scores, images, seconds)
+            began, images = time.monotonic(), 0
+            watcher.epoch(record)
+            if main:
+                run.append(record)
+        late = time.monotonic() - saved > CHECKPOINT_SECONDS
+        if main and (moment.epoch_done or late or requested):
+            run.save_checkpoint(training.done_steps, *training.state())
+            saved = time.monotonic()
+            if requested and not training.finished:
+                raise Interrupted(_stopped(run, training))
+
+
+def _stopped(run: Run, training: engine.Training) -> str:
+    steps = f"after step {training.done_steps} of {training.total_steps}"
+    if run.directory is None:
+        return f"interrupted {steps}; nothing is kept, because the run has no directory (out=...)"
+    return f"interrupted, and saved {steps}; continue with --resume"
+
+
+def _scores(
+    job: Assembled, images: datasets.Split, phase: Phase | None = None
+) -> dict[str, Scores]:
+    """Of what predicts in a phase; without one, of what is deployed."""
+    predictors = job.method.predictors
+    if phase is not None and phase.predictors is not None:
+        predictors = phase.predictors
+    return evaluate(predictors(), images, _evaluation_batch(images))
+
+
+def _evaluation_batch(images: datasets.Split) -> int:
+    """500 CIFAR images, or as many larger ones as take about the same memory."""
+    return max(16, min(500, 500 * 3 * 32 * 32 // math.prod(images.input_shape)))
 
 
 def _introduce(job: Assembled, watcher: Watcher) -> None:
@@ -372,7 +430,8 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
             predictors[f"teacher{i}"] = teacher.predictor()
         else:
             watcher.say(f"teacher {i}: trained on other classes, so its accuracy is not measured")
-    scores = evaluate(predictors, job.data.test) if predictors else {}
+    batch = _evaluation_batch(job.data.test)
+    scores = evaluate(predictors, job.data.test, batch) if predictors else {}
     for name, score in scores.items():
         i = int(name.removeprefix("teacher"))
         watcher.say(f"teacher {i} ({job.teacher_names[i]}): {in_words(score)}")
@@ -386,13 +445,13 @@ def in_words(score: Scores) -> str:
 
 def _resume(job: Assembled, run: Run, watcher: Watcher) -> None:
     training, checkpoint = job.training, run.latest_checkpoint()
+    if distributed.rank() == 0:
+        run.rewind(checkpoint)
+    distributed.barrier()
     if checkpoint is None:
         return
     for difference in differences(run.environment, job.environment):
         watcher.say(f"note: {difference} This run will not repeat bit for bit.")
-    if distributed.rank() == 0:
-        run.rewind(checkpoint)
-    distributed.barrier()
     training.restore(checkpoint.tensors, checkpoint.state)
     watcher.say(f"resumed after step {training.done_steps} of {training.total_steps}")
 
@@ -419,18 +478,21 @@ def _record(
 
 
 def _result(
-    job: Assembled, metrics: Sequence[Mapping[str, Any]], teachers: Mapping[str, Scores]
+    job: Assembled,
+    metrics: Sequence[Mapping[str, Any]],
+    teachers: Mapping[str, Scores],
+    tested: Mapping[str, Scores] | None,
 ) -> dict[str, Any]:
     """The last epoch's test scores; the best epoch beside them, with the split that chose it."""
     predictors = job.method.predictors()
-    if job.held_out_name == "test":
-        last = metrics[-1]["scores"]
-    else:
-        last = {n: s._asdict() for n, s in evaluate(predictors, job.data.test).items()}
+    last = metrics[-1]["scores"]
+    if tested is not None:
+        last = {name: score._asdict() for name, score in tested.items()}
+    final = [r for r in metrics if r["phase"] == metrics[-1]["phase"]]
     best = {}
     for name in predictors:
         record = max(
-            (r for r in metrics if name in r["scores"]), key=lambda r: r["scores"][name]["top1"]
+            (r for r in final if name in r["scores"]), key=lambda r: r["scores"][name]["top1"]
         )
         best[name] = {
             "top1": record["scores"][name]["top1"],
@@ -459,6 +521,7 @@ def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
     """What a saved predictor needs to be used again: stored beside its weights."""
     split = job.data.train
     mean, std, model = list(split.mean), list(split.std), None
+    ready = isinstance(split.images, datasets.UserSet)  # normalised by code that is not ours
     for name, student in zip(job.names, job.method.nets, strict=True):
         if isinstance(predictor, Predictor) and predictor.module is student:
             model, (mean, std) = name, own_statistics(student, mean, std)
@@ -467,8 +530,8 @@ def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
         "data": job.data.name,
         "classes": list(split.classes),
         "class_names": job.data.class_names,
-        "mean": mean,
-        "std": std,
+        "mean": None if ready else mean,
+        "std": None if ready else std,
         "input_shape": list(split.input_shape),
     }
 
@@ -503,54 +566,70 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def evaluate_run(directory: Path) -> dict[str, Scores]:
+def evaluate_run(
+    directory: Path, root: Path | None = None, allow_code: bool = False
+) -> dict[str, Scores]:
     """Test scores of a finished run's predictors, read back from its files.
 
-    Raises StorageError for a damaged file, PotstillError for a run that has not finished.
+    `root` is where the data are now, if they have moved. Raises StorageError for a damaged file,
+    PotstillError for a run that has not finished, or whose data only its own program had.
     """
     run = Run.open(directory)
-    recipe = loads(run.recipe, source=str(directory / "recipe.yaml"), allow_code=True)
+    recipe = loads(run.recipe, source=str(directory / "recipe.yaml"), allow_code=allow_code)
     if run.result is None:
         raise PotstillError(f"{directory} has not finished; continue it with --resume")
+    if recipe.data.name not in datasets.DATASETS:
+        raise PotstillError(
+            f"{directory} was trained on a dataset of its own program ({recipe.data.name}), which "
+            "is not kept; load the weights there with Run.open(...).load_predictor()"
+        )
+    if root is not None:
+        data_settings = recipe.data.model_copy(update={"root": str(root)})
+        recipe = recipe.model_copy(update={"data": data_settings})
     stored = {name: run.load_predictor(name) for name in run.result["scores"]}
     device = choose_device("auto")
-    data = load_data(recipe, device)
-    if all(about["model"] is not None for _, about in stored.values()):
-        predictors = {
-            name: model_weights.network(
-                about["model"],
-                model_weights.ours(tensors, about, str(directory)),
-                len(about["classes"]),
-                data.test.input_shape,
-                data.test.mean,
-                data.test.std,
-            ).predictor()
-            for name, (tensors, about) in stored.items()
+    weights = {n: model_weights.ours(t, about, str(directory)) for n, (t, about) in stored.items()}
+    if all(found.model is not None for found in weights.values()):
+        test = load_data(recipe, device).test
+        predictors: dict[str, nn.Module] = {
+            name: _trained(str(found.model), found, test) for name, found in weights.items()
         }
     else:  # a predictor that is more than a network: its method knows how to build it
-        predictors = dict(assemble(recipe).method.predictors())
-        for name, (tensors, _) in stored.items():
-            predictors[name].load_state_dict(tensors)
-    return evaluate({name: p.to(device) for name, p in predictors.items()}, data.test)
+        job = assemble(recipe)
+        test, predictors = job.data.test, dict(job.method.predictors())
+        for name, found in weights.items():
+            predictors[name].load_state_dict(dict(found.tensors))
+    predictors = {name: p.to(device) for name, p in predictors.items()}
+    return evaluate(predictors, test, _evaluation_batch(test))
 
 
 def evaluate_weights(
-    model: str | None, weights: Path | None, dataset: str, root: Path | None
+    model: str | None, weights: Path | None, dataset: str | None, root: Path | None
 ) -> dict[str, Scores]:
-    """Test scores of trained weights on a named data set; `model` may be left out for our files."""
+    """Test scores of trained weights on a named data set.
+
+    `model` and `dataset` may be left out where the file says them, as those of our runs do.
+    """
     if weights is None:
         raise PotstillError("--weights is missing: a model without weights is not worth measuring")
     found = model_weights.read(weights)
-    name = model or found.model
+    name, dataset = model or found.model, dataset or found.about.get("data")
     if name is None:
         raise NetworkError(f"{weights} does not say its architecture; add --model NAME")
+    if dataset is None:
+        raise NetworkError(f"{weights} does not say what it was trained on; add --data NAME")
     device = choose_device("auto")
-    split = datasets.load(dataset, root=root, device=device).test
-    net = model_weights.network(
-        name, found, len(split.classes), split.input_shape, split.mean, split.std
-    )
-    if net.num_classes != len(split.classes):
+    test = datasets.load(dataset, root=root, device=device).test
+    predictor = _trained(name, found, test).to(device)
+    return evaluate({name: predictor}, test, _evaluation_batch(test))
+
+
+def _trained(name: str, found: model_weights.Weights, test: datasets.Split) -> nn.Module:
+    """A predictor with trained weights. Raises NetworkError unless it has the data's classes."""
+    count = len(test.classes)
+    net = model_weights.network(name, found, count, test.input_shape, test.mean, test.std)
+    if net.num_classes != count:
         raise NetworkError(
-            f"{weights} has {net.num_classes} classes, and {dataset} has {len(split.classes)}"
+            f"{found.source} has {net.num_classes} classes, and the data have {count}"
         )
-    return evaluate({name: net.predictor().to(device)}, split)
+    return net.predictor()

@@ -36,15 +36,17 @@ class Weights:
 
 
 def read(path: str | Path) -> Weights:
-    """Weights from a run directory, a .safetensors file or a .pth file.
+    """Weights from a run directory (or RUN:predictor), a .safetensors file or a .pth file.
 
     A .pth is read without running code. Raises StorageError for a file that is missing or damaged,
     NetworkError for one that holds something else than weights.
     """
     path = Path(path).expanduser()
+    folder, _, predictor = str(path).rpartition(":")
+    if folder and not path.exists() and Path(folder).is_dir():  # RUN:student0
+        return ours(*Run.open(folder).load_predictor(predictor), str(path))
     if path.is_dir():
-        tensors, about = Run.open(path).load_predictor("student")
-        return ours(tensors, about, str(path))
+        return ours(*Run.open(path).load_predictor("student"), str(path))
     if not path.is_file():
         raise StorageError(f"no weights at {path}: no such file or run folder")
     if path.suffix == ".safetensors":
@@ -62,8 +64,10 @@ def _from_json(text: str) -> Any:
 
 def ours(tensors: Mapping[str, Tensor], about: Mapping[str, Any], source: str) -> Weights:
     """Weights with what a saved predictor's metadata say of them."""
-    known = ("model", "classes", "mean", "std", "input_shape")
-    return Weights(tensors, source, **{k: about.get(k) for k in known}, about=dict(about))
+    known = {k: about.get(k) for k in ("model", "classes", "mean", "std", "input_shape")}
+    if str(known["model"]).startswith("py:"):  # a file must not decide which code is run
+        known["model"] = None
+    return Weights(tensors, source, **known, about=dict(about))
 
 
 def _read_foreign(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from potstill import distributed, engine
 from potstill.evaluate import evaluate
@@ -31,9 +32,24 @@ def work(folder: Path) -> None:
         )
 
 
+def shared_gradients() -> dict[str, list[float]]:
+    """Where autograd hands out one tensor several times: rank r sees images x = r + 1."""
+    a, b = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) * (distributed.rank() + 1)
+    one, other = distributed.gradient(((a + b) * x).sum(), [a, b])
+    (expanded,) = distributed.gradient(a.sum(), [a])
+    rows = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    u, w = rows * 1, rows * 1
+    (twice,) = distributed.gradient((distributed.gather(u) + distributed.gather(w)).sum(), [rows])
+    found = {"one": one, "other": other, "expanded": expanded, "twice": twice}
+    return {name: tensor.tolist() for name, tensor in found.items()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     trained_teacher("group")  # alone: every world size has the same teacher
     distributed.start()
-    work(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    work(folder)
+    (folder / f"shared.{distributed.rank()}.json").write_text(json.dumps(shared_gradients()))
     distributed.stop()

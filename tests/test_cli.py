@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from potstill import cli
+from potstill.files import save_tensors
 from potstill.run import Run
 
 Potstill = Callable[..., tuple[int, str, str]]
@@ -306,3 +307,78 @@ def test_a_damaged_zip_is_a_damaged_file(potstill: Potstill) -> None:
         made.writestr("archive/data.pkl", b"\x80\x02")
     code, _, errors = potstill("eval", "--model", "resnet8", "--weights", "half.pth")
     assert code in (2, 3) and "half.pth" in errors
+
+
+def test_the_metadata_of_weights_do_not_run_code(potstill: Potstill, trained: Path) -> None:
+    """A file that names py:module:function as its architecture; only a recipe or a person may."""
+    Path("evil.py").write_text("import os\nos.mkdir('it-ran')\ndef make(num_classes): ...\n")
+    tensors, about = Run.open(trained).load_predictor("student")
+    metadata = {k: json.dumps(v) for k, v in {**about, "model": "py:evil:make"}.items()}
+    save_tensors("w.safetensors", tensors, metadata)
+    for words in (
+        ("eval", "--weights", "w.safetensors", "--data", "digits"),
+        ("train", "digits/kd", "teachers=[w.safetensors]"),
+        ("train", *SHORT, "students=[w.safetensors]"),
+    ):
+        code, _, errors = potstill(*words)
+        assert code == 2 and "does not say its architecture" in errors
+    assert not Path("it-ran").exists()
+    code, _, errors = potstill(
+        "eval", "--model", "resnet8", "--weights", "w.safetensors", "--data", "digits"
+    )
+    assert code == 0, errors
+
+
+def images_of(folder: str, names: list[str]) -> None:
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for i, name in enumerate(names):
+            place = Path(folder) / part / name
+            place.mkdir(parents=True)
+            for k in range(6):
+                Image.new("L", (8, 8), 40 * i + k).save(place / f"{k}.png")
+
+
+def test_classes_are_compared_by_name(potstill: Potstill) -> None:
+    """A teacher of as many other classes, or of the same in another order, is refused."""
+    images_of("one", ["ant", "bee", "cat"])
+    images_of("two", ["ant", "cow", "dog"])
+    data = ("data={name: folder, root: one, batch_size: 4, mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}",)
+    code, output, errors = potstill("train", "digits/vanilla", *data, "epochs=1", "--out", "t")
+    assert code == 0, errors
+    assert "data: folder, 18 training, 18 test" in output
+    teacher = ("teachers=[t]", *data)
+    code, _, errors = potstill("train", "digits/kd", *teacher, "epochs=1", "--out", "s")
+    assert code == 0, errors
+    code, _, errors = potstill("train", "digits/kd", *teacher, "data.root=two", "--out", "u")
+    assert code == 2 and "class 1 is 'bee'; in folder it is 'cow'" in errors
+    code, _, errors = potstill("train", *SHORT, "students=[t]")
+    assert code == 2
+
+
+def test_a_student_starts_from_weights_of_its_own_classes(potstill: Potstill) -> None:
+    fewer = ("data.classes=[0, 1, 2]", "data.subset=30")
+    code, _, errors = potstill("train", "digits/vanilla", "epochs=1", *fewer, "--out", "three")
+    assert code == 0, errors
+    code, _, errors = potstill("train", *SHORT, "students=[three]")
+    assert code == 2 and "students.0.weights were trained on 3 classes" in errors
+
+
+def test_a_teacher_of_other_channels_is_refused(potstill: Potstill, trained: Path) -> None:
+    images_of("one", ["ant", "bee", "cat"])
+    code, _, errors = potstill("train", "digits/at", f"teachers=[{trained}]", "data.name=folder",
+                               "data.root=one")  # fmt: skip
+    assert code == 2 and "channels" in errors
+
+
+def test_resume_goes_on_where_the_data_have_moved(potstill: Potstill, trained: Path) -> None:
+    (trained / "result.json").unlink()
+    code, output, _ = potstill("train", *SHORT, "device=cpu", "--out", trained, "--resume")
+    assert code == 0 and "resumed after step" in output
+
+
+def test_a_run_is_measured_on_its_own_data(potstill: Potstill, trained: Path) -> None:
+    code, _, errors = potstill("eval", trained, "--data", "cifar100")
+    assert code == 2 and "leave --data out" in errors
+    assert potstill("eval")[0] == 2

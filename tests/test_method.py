@@ -15,6 +15,7 @@ from torch import nn
 from potstill.errors import MethodError
 from potstill.method import Batch, Method, Outputs, Progress, of_sum, wrong_count
 from potstill.methods import METHODS
+from tests.methods.odd import Alternating
 from tests.toys import SHAPE, ToyImages, toy_net
 
 close = torch.testing.assert_close
@@ -254,3 +255,9 @@ def test_of_sum_is_the_gradient_of_the_sum_with_zeros_for_the_rest():
     for _ in range(2):  # the graph is kept for another update's gradient
         found = of_sum(terms, [w, idle], Progress(0, 0, 1, 1))
         assert [g.tolist() for g in found] == [7.0, [0.0, 0.0, 0.0]]
+
+
+def test_students_that_share_weights_are_refused():
+    same = toy_net()
+    with pytest.raises(MethodError, match="students 0 and 1 share weights"):
+        Alternating([same, same], [], ToyImages().spec(0))

@@ -147,3 +147,49 @@ def test_the_same_module_cannot_teach_itself() -> None:
     with pytest.raises(MethodError, match="shares weights"):
         go(same, same, images(), images())
     assert all(p.requires_grad for p in same.parameters())
+
+
+def test_milestones_of_own_optimizers_count_in_own_epochs() -> None:
+    """Drops after epochs 2 and 3 of 4; the default's 150/180/210 are of 240."""
+    own = {
+        "default": {"name": "sgd", "lr": 0.1, "schedule": {"name": "steps", "milestones": [2, 3]}}
+    }
+    run = go(network(1), network(2), images(), images(), epochs=4, optimizers=own)
+    rates = [record["lr"]["student"] for record in run.metrics]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    run = go(network(1), network(2), images(), images(), epochs=4)
+    assert [r["lr"]["student"] for r in run.metrics] == pytest.approx([0.05, 0.05, 0.05, 5e-5])
+
+
+class Flat(nn.Module):
+    """Flattens with view, as most hand-written networks do: contiguous images only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.fc(x.view(x.size(0), -1))
+
+
+def test_networks_that_need_contiguous_images_get_them() -> None:
+    colour = [(x.expand(3, 8, 8).contiguous(), y) for x, y in images()]
+    run = go(None, Flat(), colour, colour, "vanilla")
+    assert run.result is not None and run.result["scores"]["student"]["images"] == 48
+
+
+def test_half_precision_weights_are_refused_in_words() -> None:
+    with pytest.raises(NetworkError, match=r"teacher 0 has weights in torch.float16; call"):
+        go(network(1).half(), network(2), images(), images())
+    with pytest.raises(NetworkError, match="student 0 has weights in torch.float64"):
+        go(None, network(2).double(), images(), images(), "vanilla")
+
+
+def test_float_images_record_no_normalisation(tmp_path: Path) -> None:
+    """Theirs is their transforms' affair: a file must not claim mean 0 and std 1."""
+    x = torch.randn(16, 1, 8, 8)
+    data = TensorDataset(x, torch.arange(16) % 4)
+    run = go(None, network(2), data, data, "vanilla", out=tmp_path / "run")
+    _, about = run.load_predictor("student")
+    assert about["mean"] is None and about["std"] is None

@@ -85,6 +85,17 @@ def test_every_rank_holds_the_same(name: str, trained: dict[int, Path]) -> None:
     assert records[0] == records[1]
 
 
+def test_gradients_that_autograd_shares_are_averaged_once(trained: dict[int, Path]) -> None:
+    """Means of x and 2x are 1.5x. The sum over two gathered copies: 2 a rank's row, on 2 ranks 2."""
+    for rank in (0, 1):
+        found = json.loads((trained[2] / f"shared.{rank}.json").read_text())
+        assert found["one"] == found["other"] == [1.5, 3.0, 4.5]
+        assert found["expanded"] == [1.0, 1.0, 1.0]
+        assert found["twice"] == [4.0]
+    alone = json.loads((trained[1] / "shared.0.json").read_text())
+    assert alone["one"] == [1.0, 2.0, 3.0] and alone["twice"] == [2.0]
+
+
 def test_torchrun_trains_one_run(tmp_path: Path) -> None:
     """`torchrun -m potstill train`: one directory, one voice, BatchNorm statistics shared."""
     out = tmp_path / "run"

@@ -367,8 +367,8 @@ def test_a_student_starts_from_weights_of_its_own_classes(potstill: Potstill) ->
 
 def test_a_teacher_of_other_channels_is_refused(potstill: Potstill, trained: Path) -> None:
     images_of("one", ["ant", "bee", "cat"])
-    code, _, errors = potstill("train", "digits/at", f"teachers=[{trained}]", "data.name=folder",
-                               "data.root=one")  # fmt: skip
+    own = ("data.name=folder", "data.root=one", "data.subset=null")
+    code, _, errors = potstill("train", "digits/at", f"teachers=[{trained}]", *own)
     assert code == 2 and "channels" in errors
 
 

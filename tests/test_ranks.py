@@ -86,7 +86,7 @@ def test_every_rank_holds_the_same(name: str, trained: dict[int, Path]) -> None:
 
 
 def test_gradients_that_autograd_shares_are_averaged_once(trained: dict[int, Path]) -> None:
-    """Means of x and 2x are 1.5x. The sum over two gathered copies: 2 a rank's row, on 2 ranks 2."""
+    """The mean of x and 2x is 1.5x; two gathered copies of 2 ranks' rows are 4 of one weight."""
     for rank in (0, 1):
         found = json.loads((trained[2] / f"shared.{rank}.json").read_text())
         assert found["one"] == found["other"] == [1.5, 3.0, 4.5]

@@ -71,7 +71,7 @@ def train(
         str | None, typer.Argument(help="A shipped recipe (potstill list recipes), or a .yaml.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="epochs=10 data.root=DIR")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="epochs=10 data.root=DIR")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,

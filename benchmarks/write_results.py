@@ -84,21 +84,11 @@ def demo(directory: Path) -> list[str]:
         name: [Run.open(p) for p in sorted((directory / folder).iterdir())]
         for name, folder in kinds.items()
     }
-    rows = [
-        [
-            row["name"],
-            f"{row['mean']:.2f}",
-            "-" if row["std"] is None else f"{row['std']:.2f}",
-            str(row["n"]),
-            f"{row['parameters']:,}",
-            f"{row['images_per_second']:,.0f}",
-        ]
-        for row in report.rows(runs)
-    ]
+    rows = [report.cells(row) for row in report.rows(runs)]
     return [
         "## The demo: handwritten digits\n",
         "Teachers see every training image, students 100 of them.\n",
-        table(["", "mean", "std", "n", "parameters", "images/s"], rows) + "\n",
+        table(report.HEAD, rows) + "\n",
         f"On: {hardware(runs['kd'][0].environment)}.\n",
         "```bash\npotstill demo\n```\n",
     ]

@@ -227,13 +227,3 @@ def test_faults_of_a_folder_name_the_path(tmp_path):
 def test_settings_that_do_not_fit_a_folder_are_named(tmp_path, settings, words):
     with pytest.raises(DataError, match=words):
         load("folder", root=write(tmp_path), **settings)
-
-
-def test_the_fingerprint_follows_the_files(tmp_path):
-    root = write(tmp_path)
-    train = load("folder", root=root, image_size=8).train
-    same = train.fingerprint()
-    assert load("folder", root=root, image_size=8).train.fingerprint() == same
-    assert load("folder", root=root, image_size=9).train.fingerprint() != same
-    Image.new("RGB", (8, 8)).save(root / "train" / "ant" / "0.png")
-    assert load("folder", root=root, image_size=8).train.fingerprint() != same

@@ -97,14 +97,6 @@ def test_the_pool_belongs_to_the_position_in_the_whole_set():
     assert two.draw(some, torch.Generator().manual_seed(7)).equal(first[some])
 
 
-def test_the_fingerprint_follows_pixels_and_transform():
-    same = raw(NINE, padding=1).fingerprint()
-    assert raw(NINE, padding=1).fingerprint() == same
-    assert raw(NINE, padding=1, views=4).fingerprint() == same  # a pool makes no new pixels
-    assert raw(NINE + 1, padding=1).fingerprint() != same
-    assert raw(NINE, padding=1, flip=True).fingerprint() != same
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from potstill.data.cache import Decoded, cached, key_of
 from potstill.data.loader import fetched
-from potstill.data.split import Chunk, ImageSet, fingerprint_of
+from potstill.data.split import Chunk, ImageSet
 from potstill.errors import DataError, StorageError
 
 if TYPE_CHECKING:
@@ -78,12 +78,6 @@ class FolderSet(ImageSet):
         for pixels in fetched(self._fetch, chunks, self.workers, pin):
             on_device = pixels.to(self.device, non_blocking=True).float()
             yield torch.addcmul(self._shift, on_device, self._scale).permute(0, 3, 1, 2)
-
-    def fingerprint(self) -> str:
-        """A hash of the files' names, sizes and times, and of the transform."""
-        files = [(p.as_posix(), s.st_size, s.st_mtime_ns) for p in self.paths for s in [p.stat()]]
-        transform = (self.input_shape, self.mean, self.std, self.flip, AREA, RATIO)
-        return fingerprint_of("folder", transform, files)
 
     def _fetch(self, indices: list[int], views: list[int]) -> Tensor:
         size = self.input_shape[1]

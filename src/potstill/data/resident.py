@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from potstill.data.split import Chunk, ImageSet, fingerprint_of
+from potstill.data.split import Chunk, ImageSet
 from potstill.errors import DataError
 
 PadMode = Literal["zero", "reflect"]
@@ -52,7 +50,6 @@ class Resident(ImageSet):
         # repeated per pixel: broadcasting over C = 3 does not vectorise
         self._scale = (1 / (255 * spread)).repeat(h * w)
         self._shift = (-torch.tensor(mean, device=self.device) / spread).repeat(h * w)
-        self._transform = (mean, std, padding, pad_mode, flip)
 
     def load(self, chunks: Iterable[Chunk]) -> Iterator[Tensor]:
         """The images of each chunk. (B,), (B,) -> (B, C, H, W) float32, channels_last"""
@@ -66,14 +63,6 @@ class Resident(ImageSet):
             crop = pixels.index_select(0, sources.view(-1)).view(b, h * w * c)
             image = torch.addcmul(self._shift, crop.float(), self._scale)
             yield image.view(b, h, w, c).permute(0, 3, 1, 2)
-
-    def fingerprint(self) -> str:
-        """A hash of the stored pixels and the transform."""
-        return fingerprint_of("resident", self._pixels_hash, self.input_shape, *self._transform)
-
-    @cached_property
-    def _pixels_hash(self) -> str:
-        return hashlib.sha256(self._stored.cpu().numpy().data).hexdigest()
 
 
 def view_table(h: int, w: int, padding: int, pad_mode: PadMode, flip: bool) -> Tensor:

@@ -6,7 +6,6 @@ the set one task trains or tests on, and yields batches in any order, from any s
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -86,10 +85,6 @@ class ImageSet(ABC):
         (B,), (B,) -> (B, C, H, W) float32, channels_last
         """
 
-    @abstractmethod
-    def fingerprint(self) -> str | None:
-        """A hash of all that turns (index, view) into pixels; None where nothing can promise it."""
-
 
 @dataclass(frozen=True)
 class Split:
@@ -148,14 +143,6 @@ class Split:
         positions = torch.arange(len(self), device=self.images.device)
         return self._read(positions, views, shares(len(self), batch_size, 0, False, r, world))
 
-    def steps(self, m: int, batch_size: int, drop_last: bool = False) -> int:
-        """Batches in an epoch of `m` positions."""
-        return steps(m, batch_size, drop_last)
-
-    def fingerprint(self) -> str | None:
-        """A hash of what turns (index, view) into pixels: part of the key of stored outputs."""
-        return self.images.fingerprint()
-
     def _read(self, positions: Tensor, views: Tensor, spans: list[slice]) -> Iterator[Batch]:
         parts = [positions[span] for span in spans]
         chunks = ((self.indices[at], views[at]) for at in parts)
@@ -198,8 +185,3 @@ def shares(
         b = min(batch_size, m - low)
         spans.append(slice(low + rank * b // world, low + (rank + 1) * b // world))
     return spans
-
-
-def fingerprint_of(*parts: object) -> str:
-    """SHA-256, in hex, of the parts' texts."""
-    return hashlib.sha256("\x1f".join(str(p) for p in parts).encode()).hexdigest()

@@ -55,9 +55,6 @@ class UserSet(ImageSet):
         for images in fetched(self._fetch, chunks, self.workers, self.device.type == "cuda"):
             yield images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
 
-    def fingerprint(self) -> None:
-        """None: nothing can promise that the dataset gives the same pixels tomorrow."""
-
     def _fetch(self, indices: list[int], views: list[int]) -> Tensor:
         images = torch.empty(len(indices), *self.input_shape)
         with preserved_randomness():

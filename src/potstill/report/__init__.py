@@ -35,18 +35,26 @@ def rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     return found
 
 
+HEAD = ("", "top-1 mean %", "top-1 std", "n", "parameters", "images/s")
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row's entries as text, under HEAD."""
+    return [
+        row["name"],
+        f"{row['mean']:.2f}",
+        "-" if row["std"] is None else f"{row['std']:.2f}",
+        str(row["n"]),
+        f"{row['parameters']:,}",
+        f"{row['images_per_second']:,.0f}",
+    ]
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows for a terminal."""
-    made = Table("", *(f"top-1 {c}" for c in ("mean %", "std")), "n", "parameters", "images/s")
+    made = Table(*HEAD)
     for column in made.columns[1:]:
         column.justify = "right"
     for row in rows:
-        made.add_row(
-            row["name"],
-            f"{row['mean']:.2f}",
-            "-" if row["std"] is None else f"{row['std']:.2f}",
-            str(row["n"]),
-            f"{row['parameters']:,}",
-            f"{row['images_per_second']:,.0f}",
-        )
+        made.add_row(*cells(row))
     return made

@@ -179,6 +179,14 @@ def test_networks_that_need_contiguous_images_get_them() -> None:
     assert run.result is not None and run.result["scores"]["student"]["images"] == 48
 
 
+def test_a_refused_training_leaves_no_hooks() -> None:
+    student, wrong = network(2), network(1, 7)
+    with pytest.raises(MethodError):
+        go(wrong, student, images(), images())
+    for module in [*student.modules(), *wrong.modules()]:
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
 def test_half_precision_weights_are_refused_in_words() -> None:
     with pytest.raises(NetworkError, match=r"teacher 0 has weights in torch\.float16; call"):
         go(network(1).half(), network(2), images(), images())

@@ -107,14 +107,14 @@ def distill(
     on = training.choose_device(recipe.device)
     found = training.load_data(recipe, on) if named else _own_data(recipe, train, test, on)
     kept = _modes([n for n in teachers if isinstance(n, nn.Module)])
+    nets: list[Net] = []
+    taught: list[tuple[Net, Sequence[int]]] = []
     try:
-        nets = []
         for i, given in enumerate(students):
             torch.manual_seed(seed_of(seed, "student", i))
             nets.append(_net(given, recipe.students[i], found, f"student {i}")[0])
-        taught = [
-            _net(n, recipe.teachers[i], found, f"teacher {i}") for i, n in enumerate(teachers)
-        ]
+        for i, given in enumerate(teachers):
+            taught.append(_net(given, recipe.teachers[i], found, f"teacher {i}"))
         job = training.put_together(recipe, found, nets, taught, on)
         if going_on and place is not None:
             run = Run.open(place)
@@ -128,9 +128,9 @@ def distill(
     finally:
         for thing, name, value in kept:
             setattr(thing, name, value)
-    for given, net in zip([*students, *teachers], [*nets, *(n for n, _ in taught)], strict=True):
-        if given is not net:
-            net.close()
+        for net in (*nets, *(n for n, _ in taught)):
+            if not any(net is given for given in (*students, *teachers)):
+                net.close()
     run.students = [net.module for net in nets]
     return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import shlex
 import subprocess
@@ -103,6 +105,13 @@ def test_the_method_of_contributing_trains(monkeypatch: pytest.MonkeyPatch) -> N
     words = ["method={name: hint, beta: 3.0}", "teachers.0.weights=x.pth"]
     assert recipe.load("digits/kd", words).method.model_dump() == {"name": "hint", "beta": 3.0}
     assert "hint" in [e["name"] for e in entries("methods")]
+
+
+@pytest.mark.parametrize("name", ["net", "recipe", "notebook"])
+def test_examples_in_docstrings_run(name: str) -> None:
+    module = importlib.import_module(f"potstill.{name}")
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed
 
 
 def test_links_between_pages_lead_somewhere() -> None:

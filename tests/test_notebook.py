@@ -94,6 +94,15 @@ def test_methods_that_read_features_take_nets(tmp_path: Path) -> None:
     assert again.result == run.result
 
 
+def test_resuming_a_finished_run_gives_its_student(tmp_path: Path) -> None:
+    first, second = network(1), network(2)
+    go(None, first, images(), images(), "vanilla", out=tmp_path / "run")
+    run = go(None, second, images(), images(), "vanilla", out=tmp_path / "run", resume=True)
+    assert run.student is second
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
 def test_names_and_run_directories_stand_for_networks(tmp_path: Path) -> None:
     settings = {"subset": 40}
     go(None, "resnet8", "digits", None, "vanilla", epochs=1, data=settings, out=tmp_path / "t")

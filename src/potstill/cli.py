@@ -57,7 +57,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 3,
 ) -> None:
-    """Teacher, plain student and distilled students on real images that come along: 3 minutes."""
+    """Teacher, plain student and distilled students on real images that come along."""
     from rich.console import Console
 
     from potstill import demo

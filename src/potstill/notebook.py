@@ -122,8 +122,11 @@ def distill(
                 raise PotstillError(f"{place} was started with other settings; choose another out")
         else:
             run = Run.create(place, recipe.to_yaml(), job.environment)
-        with display.watcher(Console(), quiet=quiet) as watcher:
-            if not run.finished:
+        checkpoint = run.latest_checkpoint()
+        if run.finished and checkpoint is not None:  # the modules given are as trained then
+            job.training.restore(checkpoint.tensors, checkpoint.state)
+        else:
+            with display.watcher(Console(), quiet=quiet) as watcher:
                 training.carry_out(job, run, watcher)
     finally:
         for thing, name, value in kept:

@@ -7,6 +7,7 @@ arguments than `Case()` names them in CASES.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import re
@@ -221,6 +222,22 @@ def test_resume_equals_straight_through(name: str, eighths: int, tmp_path: Any) 
     assert plain == resumed_plain
     for key, tensor in tensors.items():
         assert tensor.stride() == resumed_tensors[key].stride(), key
+
+
+@every_case
+def test_trains_in_bf16(name: str) -> None:
+    """Networks in bf16; terms, weights and what a method computes itself stay float32, finite."""
+    method = build(name)
+    half = dataclasses.replace(pace_of(method, 1), precision=torch.bfloat16)
+    moments = list(engine.Training(method, ToyImages(), half).run())
+    assert all(net.precision is torch.bfloat16 for net in (*method.nets, *method.teachers))
+    for _, _, out in forwards(method):
+        tensors = [v for v in vars(out).values() if isinstance(v, Tensor) and v.is_floating_point()]
+        assert all(t.dtype == torch.float32 for t in tensors)
+        for captured in (*out.students, *out.teachers):
+            assert captured.logits.dtype == torch.float32
+    assert all(term.isfinite() for m in moments for term in m.terms.values())
+    assert all(v.isfinite().all() for v in state_of(method).values() if v.is_floating_point())
 
 
 @every_case

@@ -110,6 +110,14 @@ def test_names_and_run_directories_stand_for_networks(tmp_path: Path) -> None:
     assert run.result["teachers"]["teacher0"]["images"] == 898
 
 
+def test_a_student_of_other_classes_is_refused(tmp_path: Path) -> None:
+    """From a run's directory too, not only on the command line."""
+    few = {"classes": [0, 1, 2], "subset": 30}
+    go(None, "resnet8", "digits", None, "vanilla", epochs=1, data=few, out=tmp_path / "three")
+    with pytest.raises(NetworkError, match="were trained on 3 classes"):
+        go(None, tmp_path / "three", "digits", None, "vanilla", epochs=1)
+
+
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "misspelt argument": ({"temprature": 2.0}, RecipeError, 'did you mean "temperature"'),
     "no test set": ({"test": None}, PotstillError, "test is missing"),

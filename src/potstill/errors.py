@@ -60,6 +60,11 @@ class MissingExtra(PotstillError):
     """An optional package that is needed here and cannot be imported."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """A hint with the nearest allowed name, or an empty string: '; did you mean "kd"?'."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from potstill.errors import NetworkError, PotstillError, TapError, did_you_mean
+from potstill.errors import NetworkError, PotstillError, TapError, did_you_mean, first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,10 +304,9 @@ class Net(_Wrapper):
         except PotstillError:
             raise
         except Exception as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise NetworkError(
                 f"{type(self.module).__name__} cannot take images of {self.input_shape} "
-                f"(channels, height, width): {said}"
+                f"(channels, height, width): {first_line(error)}"
             ) from error
         finally:
             for module, mode in modes:

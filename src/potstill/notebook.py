@@ -107,15 +107,15 @@ def distill(
     on = training.choose_device(recipe.device)
     found = training.load_data(recipe, on) if named else _own_data(recipe, train, test, on)
     kept = _modes([n for n in teachers if isinstance(n, nn.Module)])
-    nets: list[Net] = []
+    learning: list[tuple[Net, Sequence[int]]] = []
     taught: list[tuple[Net, Sequence[int]]] = []
     try:
         for i, given in enumerate(students):
             torch.manual_seed(seed_of(seed, "student", i))
-            nets.append(_net(given, recipe.students[i], found, f"student {i}")[0])
+            learning.append(_net(given, recipe.students[i], found, f"student {i}"))
         for i, given in enumerate(teachers):
             taught.append(_net(given, recipe.teachers[i], found, f"teacher {i}"))
-        job = training.put_together(recipe, found, nets, taught, on)
+        job = training.put_together(recipe, found, learning, taught, on)
         if going_on and place is not None:
             run = Run.open(place)
             if loads(run.recipe, allow_code=True) != recipe:
@@ -131,10 +131,10 @@ def distill(
     finally:
         for thing, name, value in kept:
             setattr(thing, name, value)
-        for net in (*nets, *(n for n, _ in taught)):
+        for net, _ in (*learning, *taught):
             if not any(net is given for given in (*students, *teachers)):
                 net.close()
-    run.students = [net.module for net in nets]
+    run.students = [net.module for net, _ in learning]
     return run
 
 

@@ -95,12 +95,16 @@ class Assembled:
         return "validation" if self.data.validation else "test"
 
     @property
+    def precision(self) -> str:
+        """What networks are autocast to: "bfloat16" or "float32"."""
+        return str(self.pace.precision or torch.float32).removeprefix("torch.")
+
+    @property
     def environment(self) -> dict[str, Any]:
         """What the run depends on beside its recipe."""
-        precision = str(self.pace.precision or torch.float32).removeprefix("torch.")
         return describe_environment(
             self.device,
-            precision=precision,
+            precision=self.precision,
             compile=self.compile,
             world_size=distributed.world_size(),
         )
@@ -113,13 +117,7 @@ def assemble(recipe: Recipe) -> Assembled:
     students = []
     for i, network in enumerate(recipe.students):
         torch.manual_seed(seed_of(recipe.seed, "student", i))
-        net, classes = build_network(network, data, f"students.{i}")
-        if list(classes) != list(data.train.classes):
-            raise NetworkError(
-                f"students.{i}.weights were trained on {len(classes)} classes that are not those "
-                f"of data.name={data.name}; start a student from weights of the same classes"
-            )
-        students.append(net)
+        students.append(build_network(network, data, f"students.{i}"))
     taught = [build_network(n, data, f"teachers.{i}") for i, n in enumerate(recipe.teachers)]
     return put_together(recipe, data, students, taught, device)
 
@@ -133,11 +131,18 @@ def load_data(recipe: Recipe, device: torch.device) -> datasets.Data:
 def put_together(
     recipe: Recipe,
     data: datasets.Data,
-    students: Sequence[Net],
+    learning: Sequence[tuple[Net, Sequence[int]]],
     taught: Sequence[tuple[Net, Sequence[int]]],
     device: torch.device,
 ) -> Assembled:
-    """Method and pace from networks that are built; `taught` are teachers with their class ids."""
+    """Method and pace from networks that are built: students and teachers, with their class ids."""
+    for i, (_, classes) in enumerate(learning):
+        if list(classes) != list(data.train.classes):
+            raise NetworkError(
+                f"students.{i}.weights were trained on {len(classes)} classes that are not those "
+                f"of data.name={data.name}; start a student from weights of the same classes"
+            )
+    students = [n for n, _ in learning]
     teachers, teacher_classes = [n for n, _ in taught], [c for _, c in taught]
     spec = data_spec(data.train, recipe.data.batch_size, recipe.data.drop_last, teacher_classes)
     torch.manual_seed(seed_of(recipe.seed, "method"))
@@ -413,9 +418,8 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
             watcher.say(f"{role} {i}: {name}, {_parameters(net):,} parameters")
     held = f", {len(data.validation):,} validation" if data.validation else ""
     watcher.say(f"data: {data.name}, {len(data.train):,} training{held}, {len(data.test):,} test")
-    precision = str(pace.precision or torch.float32).removeprefix("torch.")
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
-    watcher.say(f"on {job.device}, {precision}{', compiled' if job.compile else ''}{ranks}")
+    watcher.say(f"on {job.device}, {job.precision}{', compiled' if job.compile else ''}{ranks}")
     for phase in job.training.phases:
         watcher.say(f"phase {phase.name}: {pace.epochs[phase.name]} epochs")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from potstill import models
-from potstill.errors import NetworkError, StorageError
+from potstill.errors import NetworkError, StorageError, first_line
 from potstill.files import load_tensors
 from potstill.net import Net, affine_between
 from potstill.run import Run
@@ -85,7 +85,7 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise StorageError(
-            f"{path} is damaged or not a PyTorch file: {_first_line(error)}"
+            f"{path} is damaged or not a PyTorch file: {first_line(error)}"
         ) from None
     state = content
     while isinstance(state, dict):
@@ -101,10 +101,6 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
 
 def _is_dict(value: Any, key: str | None = None) -> bool:
     return isinstance(value if key is None else value.get(key), dict)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def network(

@@ -333,9 +333,7 @@ def test_a_wrong_input_shape_is_refused_in_words():
     with pytest.raises(NetworkError) as error:
         Net(toy_net().module, {}, (1, 8, 8))
     message = str(error.value)
-    assert message.startswith(
-        "ResNetCifar cannot take images of (1, 8, 8) (channels, height, width): "
-    )
+    assert message.startswith("ResNet cannot take images of (1, 8, 8) (channels, height, width): ")
     assert "\n" not in message
 
 

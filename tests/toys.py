@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from potstill import distributed
 from potstill.engine import Pace
 from potstill.method import Batch, DataSpec, Method
-from potstill.models import resnet_cifar
+from potstill.models import resnet
 from potstill.net import Net
 from potstill.optim import Constant, OptimizerPlan, Steps, adam, sgd
 
@@ -20,13 +20,20 @@ CLASSES, SHAPE = 4, (3, 8, 8)
 def toy_net(seed: int = 0, norm: str = "batch", width: int = 4, classes: int = CLASSES) -> Net:
     """A ResNet-8 of a few channels with the usual taps; `norm` is "batch" or "group"."""
     torch.manual_seed(seed)
-    module = resnet_cifar.ResNetCifar(1, (width, width, 2 * width, 2 * width), classes)
+    architecture = resnet.cifar(8, (width, width, 2 * width, 2 * width))
+    module = architecture.build(classes, SHAPE)
     if norm == "group":
         for parent in list(module.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(parent, name, nn.GroupNorm(2, child.num_features))
-    return Net(module, resnet_cifar.taps(1), SHAPE)
+    return Net(
+        module,
+        architecture.places,
+        SHAPE,
+        norms=architecture.norms,
+        blocks=architecture.blocks,
+    )
 
 
 class ToyImages:

@@ -7,10 +7,12 @@ shape and refuses taps that would silently be wrong.
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +143,8 @@ class Net(_Wrapper):
     (`"relu:in#1"` is the second). `"embed"`, the vector that the classifier reads, is added where a
     final linear layer is found. `normalize` is (scale, shift) per channel, applied to the
     image first, for a network trained with other statistics than the data's; see
-    `affine_between`.
+    `affine_between`. `norms` says, by tap, which BatchNorm is right before the ReLU that follows,
+    `blocks` which submodules a stochastic depth may skip, in forward order.
 
     >>> net = Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)),
     ...           taps={"map": "0"}, input_shape=(3, 8, 8))
@@ -162,6 +165,9 @@ class Net(_Wrapper):
         taps: Mapping[str, str] | None = None,
         input_shape: Sequence[int] = (3, 32, 32),
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        *,
+        norms: Mapping[str, str] | None = None,
+        blocks: Sequence[str] = (),
     ) -> None:
         super().__init__(module)
         scale, shift = normalize if normalize is not None else (None, None)
@@ -175,6 +181,8 @@ class Net(_Wrapper):
         """How images reach the module; contiguous where it cannot take them otherwise."""
         self._tape = _Tape()
         self.taps = dict(taps or {})
+        self.norms = dict(norms or {})
+        self.blocks = tuple(blocks)
         try:
             self.classifier_path = self._find_classifier()
         except NetworkError:  # x.view(len(x), -1) needs contiguous images
@@ -225,6 +233,57 @@ class Net(_Wrapper):
                 "this method needs one"
             )
         return self.module.get_submodule(self.classifier_path)  # type: ignore[return-value]
+
+    def stages(self, form: Literal["", "pre", "post"] = "") -> tuple[str, ...]:
+        """Names of the stage taps in forward order.
+
+        With a form, a stage's map before ("pre") or after ("post") its activation where the network
+        has it, else the stage itself: the ends of a linear bottleneck have neither.
+
+        >>> from potstill.models import build
+        >>> build("wrn_16_1").stages("pre")
+        ('stage1:pre', 'stage2:pre', 'stage3:pre')
+        >>> build("resnet8").stages("post")
+        ('stage1', 'stage2', 'stage3')
+        """
+        plain = [name for name in self.taps if re.fullmatch(r"stage\d+", name)]
+        ordered = sorted(plain, key=lambda name: int(name.removeprefix("stage")))
+        return tuple(f"{s}:{form}" if f"{s}:{form}" in self.taps else s for s in ordered)
+
+    def norm(self, tap: str) -> nn.Module:
+        """The BatchNorm right before the ReLU that follows a tap: OFD's margins come from it.
+
+        Raises TapError where none is known.
+        """
+        if tap not in self.norms:
+            self.shape_of(tap)  # a tap that does not exist is told first
+            raise TapError(
+                f"no BatchNorm is known right before the ReLU after '{tap}' of this "
+                f"{type(self.module).__name__}; known: {sorted(self.norms) or 'none'}; say which "
+                "with Net(..., norms={tap: path})"
+            )
+        return self.module.get_submodule(self.norms[tap])
+
+    def tail(self, tap: str) -> nn.Module:
+        """What turns a tap's value into the logits, sharing this network's layers.
+
+        For a network that is one line of parts (`nn.Sequential`) and a tap at the start or the end
+        of one of them; otherwise NetworkError.
+
+        >>> from potstill.models import build
+        >>> build("resnet8", 10).tail("embed")(torch.zeros(2, 64)).shape
+        torch.Size([2, 10])
+        """
+        self.shape_of(tap)
+        target, parts = self._targets[tap], list(self.module.named_children())
+        names = [name for name, _ in parts]
+        if not isinstance(self.module, nn.Sequential) or target.path not in names:
+            raise NetworkError(
+                f"'{tap}' ('{self.taps[tap]}') is not between two parts of a line of parts, so "
+                f"this {type(self.module).__name__} cannot be cut there"
+            )
+        start = names.index(target.path) + (0 if target.of_input else 1)
+        return nn.Sequential(OrderedDict(parts[start:]))
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter but the classifier's."""

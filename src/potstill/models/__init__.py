@@ -5,49 +5,70 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 
 from torch import nn
 
 from potstill.errors import NetworkError, did_you_mean
-from potstill.models import resnet_cifar
+from potstill.models import mhgd, mobilenet, resnet, shufflenet, vgg, wrn
+from potstill.models.architecture import Architecture
 from potstill.net import Net
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a network is built, and its canonical taps.
-
-    `build(num_classes=..., in_channels=...)` gives a new module with its published initialisation.
-    """
-
-    build: Callable[..., nn.Module]
-    taps: Mapping[str, str]
-    input_shape: tuple[int, int, int] = (3, 32, 32)
-    description: str = ""
-
-
-def _resnet(depth: int, widths: Sequence[int] = (16, 16, 32, 64)) -> Architecture:
-    blocks = (depth - 2) // 6
-    return Architecture(
-        partial(resnet_cifar.ResNetCifar, blocks, tuple(widths)),
-        resnet_cifar.taps(blocks),
-        description=f"CIFAR ResNet-{depth}, widths {', '.join(map(str, widths))}",
-    )
-
-
 MODELS: dict[str, Architecture] = {
-    "resnet8": _resnet(8),
-    "resnet14": _resnet(14),
-    "resnet20": _resnet(20),
-    "resnet32": _resnet(32),
-    "resnet44": _resnet(44),
-    "resnet56": _resnet(56),
-    "resnet110": _resnet(110),
-    "resnet8x4": _resnet(8, (32, 64, 128, 256)),
-    "resnet32x4": _resnet(32, (32, 64, 128, 256)),
+    "resnet8": resnet.cifar(8),
+    "resnet14": resnet.cifar(14),
+    "resnet20": resnet.cifar(20),
+    "resnet32": resnet.cifar(32),
+    "resnet38": resnet.cifar(38),
+    "resnet44": resnet.cifar(44),
+    "resnet56": resnet.cifar(56),
+    "resnet110": resnet.cifar(110),
+    "resnet14x2": resnet.cifar(14, (16, 32, 64, 128)),
+    "resnet38x2": resnet.cifar(38, (16, 32, 64, 128)),
+    "resnet8x4": resnet.cifar(8, (32, 64, 128, 256)),
+    "resnet32x4": resnet.cifar(32, (32, 64, 128, 256)),
+    "resnet18": resnet.four_stages(18),
+    "resnet34": resnet.four_stages(34),
+    "resnet50": resnet.four_stages(50),
+    "resnet18_imagenet": resnet.four_stages(18, large=True),
+    "resnet34_imagenet": resnet.four_stages(34, large=True),
+    "resnet50_imagenet": resnet.four_stages(50, large=True),
+    "wrn_16_1": wrn.wrn(16, 1),
+    "wrn_16_2": wrn.wrn(16, 2),
+    "wrn_16_4": wrn.wrn(16, 4),
+    "wrn_28_2": wrn.wrn(28, 2),
+    "wrn_28_4": wrn.wrn(28, 4),
+    "wrn_28_10": wrn.wrn(28, 10),
+    "wrn_40_1": wrn.wrn(40, 1),
+    "wrn_40_2": wrn.wrn(40, 2),
+    "wrn_40_4": wrn.wrn(40, 4),
+    "wrn_16_1_gkd": wrn.wrn(16, 1, biased=True),
+    "wrn_16_2_gkd": wrn.wrn(16, 2, biased=True),
+    "wrn_16_4_gkd": wrn.wrn(16, 4, biased=True),
+    "wrn_28_2_gkd": wrn.wrn(28, 2, biased=True),
+    "wrn_28_4_gkd": wrn.wrn(28, 4, biased=True),
+    "wrn_40_1_gkd": wrn.wrn(40, 1, biased=True),
+    "wrn_40_2_gkd": wrn.wrn(40, 2, biased=True),
+    "vgg8": vgg.vgg(8),
+    "vgg11": vgg.vgg(11),
+    "vgg13": vgg.vgg(13),
+    "vgg16": vgg.vgg(16),
+    "vgg19": vgg.vgg(19),
+    "mobilenetv1": mobilenet.v1(),
+    "mobilenetv1_imagenet": mobilenet.v1(large=True),
+    "mobilenetv1_x0_75_imagenet": mobilenet.v1(0.75, large=True),
+    "mobilenetv1_x0_5_imagenet": mobilenet.v1(0.5, large=True),
+    "mobilenetv1_x0_25_imagenet": mobilenet.v1(0.25, large=True),
+    "mobilenetv2": mobilenet.v2_half(),
+    "shufflenetv1": shufflenet.v1(),
+    "shufflenetv2": shufflenet.v2(),
+    "wrn_22_4_mhgd": wrn.wrn(22, 4, halve_large=True),
+    "wrn_10_4_mhgd": wrn.wrn(10, 4, halve_large=True),
+    "vgg_teacher_mhgd": mhgd.plain_vgg("teacher"),
+    "vgg_student_mhgd": mhgd.plain_vgg("student"),
+    "resnet_mhgd": mhgd.small_resnet(),
+    "mobilenet_mhgd": mhgd.small_mobilenet(),
+    "vgg_bn_mhgd": mhgd.small_vgg(),
 }
 
 
@@ -74,8 +95,9 @@ def build(
         )
     architecture = MODELS[name]
     shape = tuple(input_shape or architecture.input_shape)
-    module = architecture.build(num_classes=num_classes, in_channels=shape[0])
-    return Net(module, architecture.taps, shape, normalize)
+    module = architecture.build(num_classes, shape)
+    places, norms = architecture.places, architecture.norms
+    return Net(module, places, shape, normalize, norms=norms, blocks=architecture.blocks)
 
 
 def _own(
@@ -98,7 +120,9 @@ def _own(
         sys.path.pop(0)
     if isinstance(made, Net):
         made.close()
-        made = Net(made.module, made.taps, input_shape, normalize)
+        made = Net(
+            made.module, made.taps, input_shape, normalize, norms=made.norms, blocks=made.blocks
+        )
     elif isinstance(made, nn.Module):
         made = Net(made, {}, input_shape, normalize)
     else:

@@ -1,0 +1,109 @@
+"""Forward and backward of networks with every tap captured, beside the same module without taps.
+
+Both train on one batch that lies ready: logits, cross-entropy, gradients. They share their weights
+and run in this process, in turns, each first in every other round; a round is several passes of
+each.
+
+    python benchmarks/tap_cost.py [--models resnet20 ...] [--rounds 21] [--batch 64] [--out FILE]
+
+Prints time with taps / time without, median and quartiles over the rounds; the claim is at most
+1.02. --out writes the result file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from potstill.models import build
+from potstill.run import describe_environment
+from potstill.training import choose_precision
+
+MODELS = ["resnet20", "resnet56", "wrn_16_2", "vgg8", "mobilenetv1", "mobilenetv2", "shufflenetv2"]
+
+
+def compare(
+    name: str, batch: int, rounds: int, device: torch.device, precision: torch.dtype | None
+) -> dict[str, Any]:
+    """Seconds of a pass with and without taps, in each round."""
+    torch.manual_seed(0)
+    net = build(name).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain = build(name).module.to(device, memory_format=torch.channels_last)
+    plain.load_state_dict(net.state_dict())
+    image = torch.randn(batch, *net.input_shape, device=device)
+    image = image.contiguous(memory_format=torch.channels_last)
+    label = torch.randint(100, (batch,), device=device)
+
+    def with_taps() -> Tensor:
+        return net(image).logits
+
+    def without() -> Tensor:
+        return plain(image)
+
+    def seconds(forward: Any, module: nn.Module, passes: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(passes):
+            module.zero_grad()
+            with torch.autocast(device.type, precision, precision is not None):
+                logits = forward()
+            F.cross_entropy(logits.float(), label).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / passes
+
+    pair = ((with_taps, net), (without, plain))
+    once = max(seconds(f, m, 2) for f, m in pair)
+    passes = max(1, round(0.5 / once))
+    found: dict[str, list[float]] = {"with_taps": [], "without": []}
+    for number in range(rounds):
+        order = list(zip(found, pair, strict=True))
+        for key, (forward, module) in order if number % 2 else order[::-1]:
+            found[key].append(seconds(forward, module, passes))
+    ratios = [a / b for a, b in zip(found["with_taps"], found["without"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "taps": len(net.taps),
+        "ratio": middle,
+        "ratio_quartiles": [low, high],
+        "seconds": {key: statistics.median(times) for key, times in found.items()},
+        "passes_per_round": passes,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    precision = choose_precision(options.precision, device)
+    results = {}
+    for name in options.models:
+        results[name] = compare(name, options.batch, options.rounds, device, precision)
+        low, high = results[name]["ratio_quartiles"]
+        print(
+            f"{name}: {results[name]['taps']} taps, {results[name]['ratio']:.3f} of the time "
+            f"without (quartiles {low:.3f} to {high:.3f}, {options.rounds} rounds)",
+            flush=True,
+        )
+    if options.out:
+        environment = describe_environment(
+            device, precision=str(precision or torch.float32).removeprefix("torch.")
+        )
+        environment.pop("command")
+        found = {"models": results, "n": options.rounds, "batch_size": options.batch}
+        options.out.write_text(json.dumps(found | {"environment": environment}, indent=2) + "\n")

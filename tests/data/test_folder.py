@@ -167,20 +167,57 @@ def test_val_alone_is_the_test_set(tmp_path):
     assert len(data.test) == 6 and data.validation is None
 
 
-def test_the_official_layout_of_tiny_imagenet(tmp_path):
+def write_annotated(root, rows="val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n"):
+    """Tiny-ImageNet's official layout, with two classes; `rows` are the annotations."""
     for name in ("n01", "n02"):
-        (tmp_path / "train" / name / "images").mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(tmp_path / "train" / name / "images" / f"{name}_0.JPEG")
+        (root / "train" / name / "images").mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(root / "train" / name / "images" / f"{name}_0.JPEG")
     for part in ("val", "test"):
-        (tmp_path / part / "images").mkdir(parents=True)
+        (root / part / "images").mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (64, 64)).save(tmp_path / part / "images" / f"{part}_{i}.JPEG")
-    rows = "val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n"
-    (tmp_path / "val" / "val_annotations.txt").write_text(rows)
-    data = load("folder", root=tmp_path)
+            Image.new("RGB", (64, 64)).save(root / part / "images" / f"{part}_{i}.JPEG")
+    (root / "val" / "val_annotations.txt").write_text(rows)
+    return root
+
+
+def test_the_official_layout_of_tiny_imagenet(tmp_path):
+    data = load("folder", root=write_annotated(tmp_path))
     assert isinstance(data.train.images, Resident)
     assert data.test.labels.tolist() == [1, 0]
     assert data.class_names == ["n01", "n02"]
+
+
+def test_corrected_annotations_count_though_no_image_changed(tmp_path):
+    """The decoded images are cached; their labels must not be those of the first reading."""
+    root = write_annotated(tmp_path)
+    load("folder", root=root)
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\nval_1.JPEG\tn02\n")
+    assert load("folder", root=root).test.labels.tolist() == [0, 1]
+
+
+def test_annotations_left_behind_by_a_sort_into_class_folders_are_not_read(tmp_path):
+    root = write_annotated(tmp_path)
+    for i, name in enumerate(("n02", "n01")):
+        (root / "val" / name).mkdir()
+        (root / "val" / "images" / f"val_{i}.JPEG").rename(root / "val" / name / f"val_{i}.JPEG")
+    (root / "val" / "images").rmdir()
+    data = load("folder", root=root)
+    assert [p.name for p in listing(root / "val").paths] == ["val_1.JPEG", "val_0.JPEG"]
+    assert data.test.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("val_0.JPEG\tn01\nval_1.JPEG n02\n", r"line 2: expected an image's file, its class"),
+        ("val_0.JPEG\tn01\nval_5.JPEG\tn02\n", r"line 2: no image '.*val/images/val_5\.JPEG'"),
+        ("val_0.JPEG\tn01\nval_0.JPEG\tn02\n", r"line 2: 'val_0\.JPEG' has a class already"),
+        ("", r"val_annotations\.txt' lists no image"),
+    ],
+)
+def test_faults_of_annotations_name_the_line(tmp_path, rows, words):
+    with pytest.raises(StorageError, match=words):
+        load("folder", root=write_annotated(tmp_path, rows))
 
 
 def test_hidden_folders_and_other_files_are_not_classes(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.data.cache import Decoded, cached, key_of
+from potstill.data.cache import Decoded, cached, key_of, stacked
 from potstill.data.loader import fetched
 from potstill.data.split import Chunk, ImageSet
 from potstill.errors import DataError, StorageError
@@ -29,6 +29,8 @@ AREA = (0.08, 1.0)
 """Share of the image that a training view shows."""
 RATIO = (3 / 4, 4 / 3)
 """Width / height of that part."""
+ANNOTATIONS = "val_annotations.txt"
+"""Where Tiny-ImageNet's validation folder says the classes of its images."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,11 @@ def read_rgb(path: Path) -> Image.Image:
 def listing(folder: Path) -> Listing:
     """Every image below each class folder, by sorted name; class ids by sorted folder name.
 
-    Also reads Tiny-ImageNet's validation folder, whose labels are in `val_annotations.txt`. Raises
-    DataError for a folder without classes and a class without images.
+    Also reads Tiny-ImageNet's validation folder, see `annotated`. Raises DataError for a folder
+    without classes and a class without images.
     """
-    annotations = folder / "val_annotations.txt"
-    if annotations.is_file():
-        rows = sorted(line.split("\t")[:2] for line in annotations.read_text().splitlines())
-        names = sorted({name for _, name in rows})
-        paths = [folder / "images" / file for file, _ in rows]
-        return Listing(paths, [names.index(name) for _, name in rows], names)
+    if has_annotations(folder):
+        return annotated(folder)
     paths, labels = [], []
     classes = _subfolders(folder)
     for label, within in enumerate(classes):
@@ -162,6 +160,68 @@ def listing(folder: Path) -> Listing:
     if not paths:
         raise DataError(f"'{folder}' has no class folders; expected '{folder}/<class>/<image>'")
     return Listing(paths, labels, [c.name for c in classes])
+
+
+def has_annotations(folder: Path) -> bool:
+    """Whether Tiny-ImageNet's annotations say the classes of the images in `images/`.
+
+    They do not where those were moved into class folders, which leaves the file behind.
+    """
+    if not (folder / ANNOTATIONS).is_file():
+        return False
+    filled = [f.name for f in _subfolders(folder) if any(f.iterdir())]
+    return "images" in filled or not filled
+
+
+def annotated(folder: Path, known: Collection[str] | None = None) -> Listing:
+    """The images that Tiny-ImageNet's `val_annotations.txt` lists, by sorted file name.
+
+    Raises, naming the line, StorageError where it is malformed or its image is not there, and
+    DataError where its class is not among the `known` ones, if given.
+    """
+    path, images = folder / ANNOTATIONS, folder / "images"
+    there = {p.name for p in images.iterdir()} if images.is_dir() else set()
+    rows: dict[str, str] = {}
+    for number, fields in tab_rows(path):
+        if len(fields) < 2 or not all(fields[:2]):
+            raise StorageError(
+                f"'{path}', line {number}: expected an image's file, its class and its box, "
+                f"between tabs; found '{' '.join(fields)[:60]}'. Unzip the data again"
+            )
+        file, name = fields[:2]
+        if file in rows:
+            raise StorageError(
+                f"'{path}', line {number}: '{file}' has a class already; remove one of its lines"
+            )
+        if file not in there:
+            raise StorageError(
+                f"'{path}', line {number}: no image '{images / file}'; unzip the data again, or "
+                "remove the line"
+            )
+        if known is not None and name not in known:
+            raise DataError(
+                f"'{path}', line {number}: '{name}' is none of the {len(known)} training classes; "
+                "correct it, or unzip the data again"
+            )
+        rows[file] = name
+    if not rows:
+        raise StorageError(f"'{path}' lists no image; unzip the data again")
+    names = sorted(set(rows.values()))
+    rank = {name: label for label, name in enumerate(names)}
+    return Listing(
+        [images / file for file in sorted(rows)], [rank[rows[f]] for f in sorted(rows)], names
+    )
+
+
+def tab_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The number, from 1, and the fields of every line of a text file that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise StorageError(f"cannot read '{path}' as text ({fault})") from fault
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, [field.strip() for field in line.split("\t")]
 
 
 def listings(root: Path) -> dict[str, Listing]:
@@ -180,14 +240,18 @@ def listings(root: Path) -> dict[str, Listing]:
         )
     found = dict(zip(("train", "test", "validation"), (root / "train", *held), strict=False))
     splits = {part: listing(folder) for part, folder in found.items()}
-    names = set(splits["train"].names)
-    for part, split in splits.items():
-        if differing := sorted(names ^ set(split.names)):
-            raise DataError(
-                f"'{found['train']}' and '{found[part]}' must have the same class folders; only "
-                f"one of them has {differing[:5]}{' ...' if len(differing) > 5 else ''}"
-            )
+    for part, folder in found.items():
+        same_classes(found["train"], splits["train"].names, folder, splits[part].names)
     return splits
+
+
+def same_classes(train: Path, names: Sequence[str], held: Path, others: Sequence[str]) -> None:
+    """DataError where the classes of a folder of test images are not those of the training one."""
+    if differing := sorted({*names} ^ {*others}):
+        raise DataError(
+            f"'{train}' and '{held}' must have the same class folders; only one of them has "
+            f"{differing[:5]}{' ...' if len(differing) > 5 else ''}"
+        )
 
 
 def common_size(paths: Sequence[Path], image_size: int | None = None) -> tuple[int, int] | None:
@@ -215,18 +279,21 @@ def decoded(split: Listing, root: Path) -> Decoded:
     """All images of a split, of one size, from the cache or decoded now."""
 
     def decode() -> Decoded:
-        pixels = np.stack([np.asarray(read_rgb(path)) for path in split.paths])
-        return Decoded(torch.from_numpy(pixels), torch.tensor(split.labels), split.names)
+        images = ((f"'{path}'", np.asarray(read_rgb(path))) for path in split.paths)
+        pixels = stacked(images, len(split.paths))
+        return Decoded(pixels, torch.tensor(split.labels), split.names)
 
-    names = [p.relative_to(root).as_posix() for p in split.paths]
-    return cached(f"folder-{key_of(split.paths, *names)}", decode)
+    files = [p.relative_to(root).as_posix() for p in split.paths]
+    # annotations can be corrected without a change of any image or its path
+    classes = [split.names[c] for c in split.labels]
+    return cached(f"folder-{key_of(split.paths, *files, *classes)}", decode)
 
 
 def _labelled(folder: Path) -> bool:
     """Whether a folder has class folders; Tiny-ImageNet's test/images are not labelled."""
     if not folder.is_dir():
         return False
-    return (folder / "val_annotations.txt").is_file() or (
+    return (folder / ANNOTATIONS).is_file() or (
         [f.name for f in _subfolders(folder)] not in ([], ["images"])
     )
 

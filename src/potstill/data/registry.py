@@ -16,6 +16,7 @@ from potstill.data.folder import FolderSet, common_size, decoded, listings
 from potstill.data.resident import PadMode, Resident
 from potstill.data.split import Data
 from potstill.data.task import Labelled, assemble
+from potstill.data.tiny_imagenet import tiny_imagenet
 from potstill.errors import DataError, did_you_mean
 
 
@@ -25,7 +26,7 @@ class DatasetInfo:
 
     description: str
     classes: int | None
-    """None: as many as the folder has."""
+    """None: as many as the files have."""
     input_shape: tuple[int, int, int] | None
     """(C, H, W); None: as the folder's images are."""
     mean: tuple[float, ...]
@@ -45,6 +46,17 @@ DATASETS = {
         (125.3 / 255, 123.0 / 255, 113.9 / 255),
         (63.0 / 255, 62.1 / 255, 66.7 / 255),
         padding=4,
+        pad_mode="zero",
+        flip=True,
+    ),
+    "tiny-imagenet": DatasetInfo(
+        "Tiny-ImageNet: 100,000 training and 10,000 test images (its validation set), 64x64, "
+        "200 classes, or as many as the files have",
+        None,
+        (3, 64, 64),
+        (0.4802, 0.4481, 0.3975),
+        (0.2770, 0.2691, 0.2821),
+        padding=8,
         pad_mode="zero",
         flip=True,
     ),
@@ -156,7 +168,10 @@ def load(
     else:
         if name == "digits" and place is not None:
             raise DataError("data.root is given and digits come with scikit-learn; leave it out")
-        train, test = digits() if name == "digits" else cifar100(place)
+        if name == "digits":
+            train, test = digits()
+        else:
+            train, test = (cifar100 if name == "cifar100" else tiny_imagenet)(place)
         names = train.names
         sets = {"train": resident(train, True), "test": resident(test, False)}
     return assemble(name, sets, names, validation=validation, subset=subset, classes=classes)

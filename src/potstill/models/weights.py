@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from potstill import models
 from potstill.errors import NetworkError, StorageError, first_line
 from potstill.files import load_tensors
+from potstill.models import naming, outside
 from potstill.net import Net, affine_between
 from potstill.run import Run
 
@@ -33,6 +37,45 @@ class Weights:
     std: Sequence[float] | None = None
     input_shape: Sequence[int] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another program wrote them: ours always say an architecture, or that none is."""
+        return "model" not in self.about
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What of a file went into a network. Its text is one line."""
+
+    source: str
+    tensors: int
+    """How many of the network's tensors the file had, and how many there are."""
+    expected: int
+    naming: str | None
+    """Whose names the file has; None for those of the network itself."""
+    prefix: str
+    """What all of the file's names begin with."""
+    renamed: Mapping[str, str]
+    """The network's name to the file's without the prefix, where they differ."""
+    converted: Sequence[str]
+    """Numbers that were converted: "float16 to float32"."""
+    ignored: Sequence[str]
+    """What the file has beside the network, a profiler's counts."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {self.tensors} of {self.expected} tensors"]
+        if self.naming is not None:
+            parts.append(f"{self.naming} names")
+        if self.prefix:
+            parts.append(f"prefix {self.prefix} left out")
+        if self.tensors < self.expected:
+            parts.append(f"no {naming.COUNTER}")
+        parts.extend(self.converted)
+        if self.ignored:
+            kinds = sorted({name.rpartition(".")[2] for name in self.ignored})
+            parts.append(f"{len(self.ignored)} ignored ({', '.join(kinds)})")
+        return ", ".join(parts)
 
 
 def read(path: str | Path) -> Weights:
@@ -55,6 +98,12 @@ def read(path: str | Path) -> Weights:
     return Weights(_read_foreign(path), str(path))
 
 
+HEAD = "fc"
+"""The classifier's path in every architecture of ours."""
+WRAPPERS = ("state_dict", "model", "net", "model_state_dict")
+"""Under which of its keys a checkpoint has the weights."""
+
+
 def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
@@ -74,7 +123,9 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what matters is raised below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # RepDistiller keeps its parsed arguments beside the weights: attributes, no code
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
@@ -89,14 +140,15 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
         ) from None
     state = content
     while isinstance(state, dict):
-        inner = next((state[k] for k in ("state_dict", "model", "net") if _is_dict(state, k)), None)
+        inner = next((state[k] for k in WRAPPERS if _is_dict(state, k)), None)
         if inner is None:
             break
         state = inner
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if _is_dict(state) else {}
+    items = state.items() if _is_dict(state) else ()
+    tensors = {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise NetworkError(f"{path} holds no state_dict; it is a {type(content).__name__}")
-    return {k.removeprefix("module."): v for k, v in tensors.items()}
+    return tensors
 
 
 def _is_dict(value: Any, key: str | None = None) -> bool:
@@ -111,12 +163,14 @@ def network(
     mean: Sequence[float],
     std: Sequence[float],
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Net:
     """A network by name, with these weights, for images normalised by (mean, std).
 
     A network with weights keeps their head: its class count is that of the weights, never
     re-initialised to `num_classes`. `normalize` is the network's own (mean, std); by default what
-    the weights' file says, else the images'. Raises NetworkError where name and weights disagree.
+    the weights' file says, else the images'. `report` is told, in one line, what was taken from
+    another program's file. Raises NetworkError where name and weights disagree.
     """
     if weights is None:
         own = normalize or (mean, std)
@@ -127,32 +181,137 @@ def network(
         normalize = (weights.mean, weights.std)
     own = normalize or (mean, std)
     net = models.build(name, num_classes, input_shape, affine_between(mean, std, *own))
-    head = weights.tensors.get(f"{net.classifier_path}.weight")
-    if head is not None and len(head) != num_classes:
-        net = models.build(name, len(head), input_shape, affine_between(mean, std, *own))
-    load_into(net, weights)
+    classes = naming.classes_in(weights.tensors, net.state_dict(), net.classifier_path)
+    if classes is not None and classes != net.num_classes:
+        net = models.build(name, classes, input_shape, affine_between(mean, std, *own))
+    loaded = load_into(net, weights)
+    if report is not None and weights.foreign:
+        report(str(loaded))
     return net
 
 
-def load_into(net: Net, weights: Weights) -> None:
-    """Copy weights into a network. Raises NetworkError naming the layers that differ."""
-    own = net.state_dict()
-    missing = [k for k in own if k not in weights.tensors]
-    unknown = [k for k in weights.tensors if k not in own]
+def published(
+    name: str,
+    num_classes: int | None,
+    input_shape: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Net:
+    """A network of another library with its published weights, for images normalised so.
+
+    `num_classes` None keeps its head; with another number than the published one the head is new,
+    and `report` is told. `normalize` is its own (mean, std); by default what its publishers say,
+    else the images'. Raises MissingExtra without the library, NetworkError for what does not exist
+    or does not take these images, StorageError for weights that cannot be fetched.
+    """
+    made = outside.make(name, num_classes, input_shape[0], pretrained=True)
+    if normalize is None and made.mean is not None and made.std is not None:
+        normalize = (made.mean, made.std)
+    own = normalize or (mean, std)
+    if report is not None and made.note is not None:
+        report(made.note)
+    try:
+        return models.tapped(made.module, input_shape, affine_between(mean, std, *own))
+    except NetworkError as error:
+        if made.input_shape in (None, tuple(input_shape)):
+            raise
+        raise NetworkError(
+            f"{name} was published for images of {made.input_shape}: {error}"
+        ) from None
+
+
+def load_into(net: Net, weights: Weights) -> Loaded:
+    """Copy weights into a network, under whatever known names the file has them.
+
+    Every tensor of the network must be in the file with its shape, and nothing else but what is no
+    part of any network. Raises NetworkError naming the layers that differ, and the architectures
+    that the weights fit; the network is then as it was.
+    """
+    own: dict[str, Tensor] = net.state_dict()
+    found = naming.translate(weights.tensors, own)
+    if not found.fits:
+        raise NetworkError("\n".join(_differences(net, own, weights, found)))
+    taken = {name: weights.tensors[there] for name, there in found.names.items()}
+    net.load_state_dict({**own, **taken})
+    pairs = {(x.dtype, own[name].dtype) for name, x in taken.items()}
+    plain = {name: there.removeprefix(found.prefix) for name, there in found.names.items()}
+    return Loaded(
+        weights.source,
+        len(taken),
+        len(own),
+        None if found.naming is naming.OURS else found.naming.project,
+        found.prefix,
+        {name: there for name, there in plain.items() if name != there},
+        sorted(f"{_said(a)} to {_said(b)}" for a, b in pairs if a != b),
+        found.ignored,
+    )
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _differences(
+    net: Net, own: Mapping[str, Tensor], weights: Weights, found: naming.Translation
+) -> list[str]:
+    whose = "" if found.naming is naming.OURS else f" ({found.naming.project} names)"
+    lines = [f"{weights.source} does not fit this {type(net.module).__name__}{whose}:"]
     shapes = [
-        f"{k} is {tuple(weights.tensors[k].shape)}, the network's {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in weights.tensors and weights.tensors[k].shape != v.shape
+        _difference(there.removeprefix(found.prefix), weights.tensors[there], own[name])
+        for name, there in found.shapes.items()
     ]
-    if missing or unknown or shapes:
-        lines = [f"{weights.source} does not fit this {type(net.module).__name__}:"]
-        for title, items in (
-            ("only in the network", missing),
-            ("only in the file", unknown),
-            ("other shapes", shapes),
-        ):
-            if items:
-                more = f", and {len(items) - 4} more" if len(items) > 4 else ""
-                lines.append(f"  {title}: {', '.join(items[:4])}{more}")
-        raise NetworkError("\n".join(lines))
-    net.load_state_dict(dict(weights.tensors))
+    for title, items in (
+        ("only in the network", found.missing),
+        ("only in the file", found.unknown),
+        ("other shapes", shapes),
+    ):
+        if items:
+            more = f", and {len(items) - 4} more" if len(items) > 4 else ""
+            lines.append(f"  {title}: {', '.join(items[:4])}{more}")
+    fitting = _fitting(weights.tensors, net.input_shape)
+    if fitting:
+        counts = sorted(set(fitting.values()))
+        unlike = f" with {counts[0]} classes" if counts != [net.num_classes] else ""
+        lines.append(f"these weights fit {', '.join(fitting)}{unlike}")
+    return lines
+
+
+def _difference(name: str, theirs: Tensor, own: Tensor) -> str:
+    if theirs.shape == own.shape:
+        return f"{name} is {_said(theirs.dtype)}, the network's {_said(own.dtype)}"
+    return f"{name} is {tuple(theirs.shape)}, the network's {tuple(own.shape)}"
+
+
+def _fitting(tensors: Mapping[str, Tensor], input_shape: Sequence[int]) -> dict[str, int]:
+    """Every architecture of ours that a file's weights fit, with the classes of their head."""
+    if len(input_shape) != 3:
+        return {}
+    sizes = _shapes({k: v for k, v in tensors.items() if not naming.is_passing(k)})
+    fitting = {}
+    for name in models.MODELS:
+        own = _outline(name, 2, tuple(input_shape))
+        needed = _shapes({k: v for k, v in own.items() if not k.startswith(f"{HEAD}.")})
+        if needed - sizes or (sizes - needed).total() > 2:  # cheap, and true of nearly all
+            continue
+        classes = naming.classes_in(tensors, own, HEAD)
+        if classes is None:
+            continue
+        if naming.translate(tensors, _outline(name, classes, tuple(input_shape))).fits:
+            fitting[name] = classes
+    return fitting
+
+
+@cache
+def _outline(name: str, classes: int, input_shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+    """An architecture's tensors without their values."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that small images leave empty
+        module = models.MODELS[name].build(classes, input_shape)
+    return module.state_dict()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Counter[torch.Size]:
+    """How often each shape is there, but for single numbers."""
+    return Counter(x.shape for x in tensors.values() if x.dim() > 0)

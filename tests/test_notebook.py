@@ -63,6 +63,27 @@ def test_plain_modules_learn_and_come_back_clean(tmp_path: Path, monkeypatch: An
     assert student(images()[0][0][None].float()).shape == (1, 4)
 
 
+def test_features_of_plain_modules_are_found() -> None:
+    """One map of 8x8 in both: nobody has to name a tap."""
+    student = network(2)
+    run = go(network(1), student, images(), images(seed=1), "at", taps=["stage1"])
+    assert run.result["scores"]["student"]["images"] == 48
+    assert {"at", "ce"} <= run.metrics[-1]["terms"].keys()
+    for module in student.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_a_teacher_of_other_classes_keeps_its_head() -> None:
+    """Its features teach; its accuracy is not measured, and its logits are not compared."""
+    teacher = network(1, classes=7)
+    before = copy.deepcopy(teacher.state_dict())
+    run = go(teacher, network(2), images(), images(seed=1), "at", taps=["stage1"])
+    assert run.result["teachers"] == {}
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    with pytest.raises(MethodError, match="teacher 0 has 7 classes and student 0 has 4"):
+        go(teacher, network(2), images(), images(seed=1), "kd")
+
+
 def test_the_same_seed_gives_the_same_student() -> None:
     students = [network(3) for _ in range(2)]
     for student in students:
@@ -114,7 +135,7 @@ def test_a_student_of_other_classes_is_refused(tmp_path: Path) -> None:
     """From a run's directory too, not only on the command line."""
     few = {"classes": [0, 1, 2], "subset": 30}
     go(None, "resnet8", "digits", None, "vanilla", epochs=1, data=few, out=tmp_path / "three")
-    with pytest.raises(NetworkError, match="were trained on 3 classes"):
+    with pytest.raises(NetworkError, match="has weights of 3 classes"):
         go(None, tmp_path / "three", "digits", None, "vanilla", epochs=1)
 
 

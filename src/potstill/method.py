@@ -46,8 +46,8 @@ class DataSpec(NamedTuple):
 
     classes: Sequence[int]
     """Original class ids of the student's task, in label order."""
-    teacher_classes: Sequence[Sequence[int]]
-    """The same for each teacher."""
+    teacher_classes: Sequence[Sequence[int] | None]
+    """The same for each teacher; None where it has other classes and nobody knows which."""
     indices: Tensor
     """(n,) int64, positions of the training images in the whole stored set."""
     labels: Tensor

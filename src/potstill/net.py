@@ -181,8 +181,13 @@ class Net(_Wrapper):
         """How images reach the module; contiguous where it cannot take them otherwise."""
         self._tape = _Tape()
         self.taps = dict(taps or {})
+        unknown = (norms or {}).keys() - self.taps.keys() - {"embed"}
+        if unknown:
+            raise TapError(no_feature(min(unknown), self.taps))
         self.norms = dict(norms or {})
         self.blocks = tuple(blocks)
+        for path in (*self.norms.values(), *self.blocks):
+            self._require(path, "norms or blocks name")
         try:
             self.classifier_path = self._find_classifier()
         except NetworkError:  # x.view(len(x), -1) needs contiguous images
@@ -198,6 +203,18 @@ class Net(_Wrapper):
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def discover(module: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> dict[str, str]:
+        """Taps proposed for any classifier, from one traced forward; see `potstill.discover`.
+
+        >>> module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5))
+        >>> Net.discover(module, (3, 8, 8))
+        {'stage1': '0', 'embed': '2:in'}
+        """
+        from potstill.discover import discover  # which is about Nets
+
+        return discover(module, input_shape)
 
     def forward(self, image: Tensor) -> Captured:
         """Run once and capture. (B, C, H, W) -> Captured"""
@@ -305,20 +322,23 @@ class Net(_Wrapper):
             raise TapError(no_feature(tap, self.shapes))
         return self.shapes[tap]
 
-    def _install(self, name: str, target: _Target) -> None:
-        modules = dict(self.module.named_modules(remove_duplicate=False))
-        if target.path not in modules:
-            near = did_you_mean(target.path, modules)
+    def _require(self, path: str, who: str) -> nn.Module:
+        modules: dict[str, nn.Module] = dict(self.module.named_modules(remove_duplicate=False))
+        if path not in modules:
             raise TapError(
-                f"tap '{name}' names the module '{target.path}', which does not exist in "
-                f"{type(self.module).__name__}{near}; its parts are "
+                f"{who} the module '{path}', which does not exist in "
+                f"{type(self.module).__name__}{did_you_mean(path, modules)}; its parts are "
                 f"{[n for n, _ in self.module.named_children()]}"
             )
+        return modules[path]
+
+    def _install(self, name: str, target: _Target) -> None:
+        module = self._require(target.path, f"tap '{name}' names")
         recorder = _Recorder(self._tape, name, target.of_input, target.call or 0)
         if target.of_input:
-            modules[target.path].register_forward_pre_hook(recorder, with_kwargs=True)
+            module.register_forward_pre_hook(recorder, with_kwargs=True)
         else:
-            modules[target.path].register_forward_hook(recorder)
+            module.register_forward_hook(recorder)
 
     def _find_classifier(self) -> str | None:
         """Path of the linear layer whose output is the logits, found by running once."""

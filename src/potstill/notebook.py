@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from potstill import data as datasets
-from potstill import display, training
+from potstill import display, models, training
 from potstill.errors import PotstillError
 from potstill.net import Net
 from potstill.recipe import Recipe, loads, resolve
@@ -55,12 +55,12 @@ def distill(
 ) -> Run:
     """Train a student under a teacher; the finished run, with the trained module in `run.student`.
 
-    `teacher` and `student` are plain modules that return logits (wrap one in `Net` to name taps
-    for methods that read features), names of architectures, or run directories; several in a list;
-    teacher None for methods without one. `train` and `test` are datasets of (image, label) - uint8
-    or PIL images are normalised here, float tensors are taken as your transforms made them - or
-    `train` alone is a name such as "cifar100", or a folder with train/ and test/ in it. `data`
-    holds further settings: {"padding": 4, "flip": True, "subset": 5000} ...
+    `teacher` and `student` are plain modules that return logits (with the taps that `Net.discover`
+    proposes; wrap one in `Net` to name them yourself), names of architectures, or run directories;
+    several in a list; teacher None for methods without one. `train` and `test` are datasets of
+    (image, label) - uint8 or PIL images are normalised here, float tensors are taken as your
+    transforms made them - or `train` alone is a name such as "cifar100", or a folder with train/
+    and test/ in it. `data` holds further settings: {"padding": 4, "flip": True, "subset": 5000} ...
 
     `epochs` are of the whole training, None for the published length. `optimizers` are as in a
     recipe, their milestones and warm-ups in epochs of this training.
@@ -107,8 +107,8 @@ def distill(
     on = training.choose_device(recipe.device)
     found = training.load_data(recipe, on) if named else _own_data(recipe, train, test, on)
     kept = _modes([n for n in teachers if isinstance(n, nn.Module)])
-    learning: list[tuple[Net, Sequence[int]]] = []
-    taught: list[tuple[Net, Sequence[int]]] = []
+    learning: list[tuple[Net, Sequence[int] | None]] = []
+    taught: list[tuple[Net, Sequence[int] | None]] = []
     try:
         for i, given in enumerate(students):
             torch.manual_seed(seed_of(seed, "student", i))
@@ -180,11 +180,13 @@ def _own_data(recipe: Recipe, train: Any, test: Any, device: torch.device) -> da
     return datasets.from_dataset(train, test, **settings, device=device)
 
 
-def _net(given: Network, network: Any, data: datasets.Data, key: str) -> tuple[Net, Sequence[int]]:
-    """A network as given, tapped, and the class ids it knows."""
+def _net(
+    given: Network, network: Any, data: datasets.Data, key: str
+) -> tuple[Net, Sequence[int] | None]:
+    """A network as given, tapped, and the class ids it knows; None as in `put_together`."""
     if not isinstance(given, nn.Module):
         return training.build_network(network, data, key)
-    net = given if isinstance(given, Net) else Net(given, input_shape=data.train.input_shape)
+    net = given if isinstance(given, Net) else models.tapped(given, data.train.input_shape)
     if tuple(net.input_shape) != tuple(data.train.input_shape):
         raise PotstillError(
             f"{key} was built for images of {tuple(net.input_shape)}, the data's are "
@@ -195,6 +197,8 @@ def _net(given: Network, network: Any, data: datasets.Data, key: str) -> tuple[N
             f"{key} has {net.num_classes} outputs and the data {len(data.train.classes)} classes; "
             "give it one output a class"
         )
+    if key.startswith("teacher") and net.num_classes != len(data.train.classes):
+        return net, None
     return net, data.train.classes
 
 

@@ -48,6 +48,8 @@ SHARED = "shared"
 _FOLDER = Path(__file__).parent / "recipes"
 _SUFFIXES = (".yaml", ".yml")
 _OWN_CODE = "py:"  # begins the name of a network that a function of one's own makes
+PRETRAINED = "pretrained"
+"""In place of a checkpoint's path: the weights that another library publishes."""
 _PLAIN = "plain"  # the type of a validation error whose message is already ours
 
 Count = Annotated[int, Ge(1)]
@@ -94,17 +96,18 @@ class Normalization(Part):
 
 def _network_name(name: str, info: ValidationInfo) -> str:
     from potstill.models import MODELS
+    from potstill.models.outside import PREFIXES
 
     if name.startswith(_OWN_CODE) and not (info.context or {}).get("allow_code"):
         raise _plain(
             f"is {_show(name)}, which runs Python code of your own; add --allow-code if you trust "
             "it (in Python, allow_code=True)"
         )
-    if name in MODELS or name.startswith(_OWN_CODE) or os.path.exists(name):
+    if name in MODELS or name.startswith((_OWN_CODE, *PREFIXES)) or os.path.exists(name):
         return name
     raise _plain(
-        f"is {_show(name)}, which is no model and no file{_allowed(name, MODELS)}, "
-        "py:module:function, or a path"
+        f"is {_show(name)}, which is no model and no file{_allowed(name, MODELS)}, timm:NAME, "
+        "tv:NAME, hub:OWNER/REPO, py:module:function, or a path"
     )
 
 
@@ -112,11 +115,24 @@ class Network(Part):
     """A student or a teacher. A bare string is short for its name."""
 
     name: Annotated[str, AfterValidator(_network_name)]
-    """An architecture (resnet20), py:module:function of your own, or a checkpoint's path."""
+    """An architecture (resnet20), timm:NAME, tv:NAME or hub:OWNER/REPO of other libraries,
+    py:module:function of your own, or a checkpoint's path."""
     weights: str | None = None
-    """Path of a checkpoint; null starts from random weights."""
+    """Path of a checkpoint, or `pretrained` for the published weights of a timm:, tv: or hub:
+    network, which a teacher of that kind has anyway; null starts from random weights."""
     normalize: Normalization | None = None
     """Only where the network was trained on other statistics than the data's mean and std."""
+
+    @model_validator(mode="after")
+    def _published_somewhere(self) -> Network:
+        from potstill.models.outside import PREFIXES
+
+        if self.weights == PRETRAINED and not self.name.startswith(PREFIXES):
+            raise _plain(
+                f"has weights={PRETRAINED}, but {_show(self.name)} is not published with weights; "
+                "give the path of a checkpoint, or a timm:, tv: or hub: network"
+            )
+        return self
 
 
 def _dataset_name(name: str, info: ValidationInfo) -> str:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,10 @@ from potstill.evaluate import Scores, evaluate
 from potstill.method import DataSpec, Method, Phase
 from potstill.methods import METHODS
 from potstill.models import weights as model_weights
+from potstill.models.outside import PREFIXES
 from potstill.net import Net, Predictor, own_statistics
 from potstill.optim import OPTIMIZERS, SCHEDULES, OptimizerPlan
-from potstill.recipe import Recipe, loads, phase_epochs
+from potstill.recipe import PRETRAINED, Recipe, loads, phase_epochs
 from potstill.run import Run, describe_environment, differences
 from potstill.seeds import seed_of
 
@@ -110,15 +111,21 @@ class Assembled:
         )
 
 
-def assemble(recipe: Recipe) -> Assembled:
-    """Build data, networks and method of a recipe. Raises PotstillError for what does not fit."""
+def assemble(recipe: Recipe, report: Callable[[str], None] | None = None) -> Assembled:
+    """Build data, networks and method of a recipe. Raises PotstillError for what does not fit.
+
+    `report` is told what was taken from other programs' weights.
+    """
     device = choose_device(recipe.device)
     data = load_data(recipe, device)
     students = []
     for i, network in enumerate(recipe.students):
         torch.manual_seed(seed_of(recipe.seed, "student", i))
-        students.append(build_network(network, data, f"students.{i}"))
-    taught = [build_network(n, data, f"teachers.{i}") for i, n in enumerate(recipe.teachers)]
+        students.append(build_network(network, data, f"students.{i}", report))
+    taught = [
+        build_network(network, data, f"teachers.{i}", report)
+        for i, network in enumerate(recipe.teachers)
+    ]
     return put_together(recipe, data, students, taught, device)
 
 
@@ -131,15 +138,18 @@ def load_data(recipe: Recipe, device: torch.device) -> datasets.Data:
 def put_together(
     recipe: Recipe,
     data: datasets.Data,
-    learning: Sequence[tuple[Net, Sequence[int]]],
-    taught: Sequence[tuple[Net, Sequence[int]]],
+    learning: Sequence[tuple[Net, Sequence[int] | None]],
+    taught: Sequence[tuple[Net, Sequence[int] | None]],
     device: torch.device,
 ) -> Assembled:
-    """Method and pace from networks that are built: students and teachers, with their class ids."""
-    for i, (_, classes) in enumerate(learning):
-        if list(classes) != list(data.train.classes):
+    """Method and pace from networks that are built: students and teachers, with their class ids.
+
+    None for a network with another number of classes whose ids nobody knows.
+    """
+    for i, (net, classes) in enumerate(learning):
+        if classes is None or list(classes) != list(data.train.classes):
             raise NetworkError(
-                f"students.{i}.weights were trained on {len(classes)} classes that are not those "
+                f"students.{i} has weights of {net.num_classes} classes that are not those "
                 f"of data.name={data.name}; start a student from weights of the same classes"
             )
     students = [n for n, _ in learning]
@@ -168,11 +178,19 @@ def put_together(
     )
 
 
-def build_network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Sequence[int]]:
-    """A recipe's network and the original ids of its classes, in label order."""
-    name, source = network.name, network.weights
-    found = model_weights.read(source) if source is not None else None
-    if found is None and Path(name).exists():
+def build_network(
+    network: Any, data: datasets.Data, key: str, report: Callable[[str], None] | None = None
+) -> tuple[Net, Sequence[int] | None]:
+    """A recipe's network and the original ids of its classes, in label order.
+
+    A network keeps the head of its weights. None for a teacher's classes that nobody knows, because
+    there are more or fewer of them than the data have.
+    """
+    name, source, teaches = network.name, network.weights, key.startswith("teachers")
+    outside = name.startswith(PREFIXES)
+    pretrained = source == PRETRAINED or (source is None and teaches and outside)
+    found = model_weights.read(source) if source is not None and not pretrained else None
+    if found is None and not outside and Path(name).exists():
         found = model_weights.read(name)
         if found.model is None:
             raise NetworkError(f"{key}.name={name} does not say its architecture; give the name")
@@ -180,24 +198,17 @@ def build_network(network: Any, data: datasets.Data, key: str) -> tuple[Net, Seq
     split, own = data.train, network.normalize
     # data that normalise themselves reach every network as they are
     unstated = (split.mean, split.std) if isinstance(split.images, datasets.UserSet) else None
-    net = model_weights.network(
-        name,
-        found,
-        len(split.classes),
-        split.input_shape,
-        split.mean,
-        split.std,
-        (own.mean, own.std) if own is not None else unstated,
-    )
+    normalize = (own.mean, own.std) if own is not None else unstated
+    count, images = len(split.classes), (split.input_shape, split.mean, split.std)
+    if pretrained:
+        head = None if teaches else count
+        net = model_weights.published(name, head, *images, normalize, report)
+    else:
+        net = model_weights.network(name, found, count, *images, normalize, report)
     if found is not None and found.classes is not None:
         _require_same_names(found, data, key)
         return net, found.classes
-    if net.num_classes != len(split.classes):
-        raise NetworkError(
-            f"{key} ({name}) has {net.num_classes} classes, but the data set {data.name} has "
-            f"{len(split.classes)}; give a network that was trained on these classes"
-        )
-    return net, split.classes
+    return net, (split.classes if net.num_classes == count else None)
 
 
 def _require_same_names(found: model_weights.Weights, data: datasets.Data, key: str) -> None:
@@ -227,12 +238,12 @@ def data_spec(
     split: datasets.Split,
     batch_size: int,
     drop_last: bool,
-    teacher_classes: Sequence[Sequence[int]],
+    teacher_classes: Sequence[Sequence[int] | None],
 ) -> DataSpec:
     """What a method may know of a training split."""
     return DataSpec(
         list(split.classes),
-        [list(c) for c in teacher_classes],
+        [None if c is None else list(c) for c in teacher_classes],
         split.indices.cpu(),
         split.labels.cpu(),
         len(split.images),
@@ -301,7 +312,7 @@ def train(recipe: Recipe, place: Path, watcher: Watcher, resume: bool = False) -
             watcher.say(f"{place} has finished already")
             return run
     watcher.say(f"run: {place}")
-    job = assemble(recipe)
+    job = assemble(recipe, watcher.say)
     if not there:
         if distributed.rank() == 0:
             Run.create(place, recipe.to_yaml(), job.environment)
@@ -417,7 +428,11 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
         for i, (name, net) in enumerate(zip(names, nets, strict=True)):
             watcher.say(f"{role} {i}: {name}, {_parameters(net):,} parameters")
     held = f", {len(data.validation):,} validation" if data.validation else ""
-    watcher.say(f"data: {data.name}, {len(data.train):,} training{held}, {len(data.test):,} test")
+    classes = len(data.train.classes)
+    watcher.say(
+        f"data: {data.name}, {classes} classes, {len(data.train):,} training{held}, "
+        f"{len(data.test):,} test"
+    )
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     watcher.say(f"on {job.device}, {job.precision}{', compiled' if job.compile else ''}{ranks}")
     for phase in job.training.phases:
@@ -431,10 +446,13 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
     for i, (teacher, classes) in enumerate(
         zip(job.method.teachers, job.method.data.teacher_classes, strict=True)
     ):
-        if list(classes) == own:
+        if classes is not None and list(classes) == own:
             predictors[f"teacher{i}"] = teacher.predictor()
         else:
-            watcher.say(f"teacher {i}: trained on other classes, so its accuracy is not measured")
+            watcher.say(
+                f"teacher {i}: keeps the head of its {teacher.num_classes} classes, which are not "
+                "the data's, so its accuracy is not measured"
+            )
     batch = _evaluation_batch(job.data.test)
     scores = evaluate(predictors, job.data.test, batch) if predictors else {}
     for name, score in scores.items():
@@ -609,32 +627,55 @@ def evaluate_run(
 
 
 def evaluate_weights(
-    model: str | None, weights: Path | None, dataset: str | None, root: Path | None
+    model: str | None,
+    weights: Path | None,
+    dataset: str | None,
+    root: Path | None,
+    report: Callable[[str], None] | None = None,
 ) -> dict[str, Scores]:
     """Test scores of trained weights on a named data set.
 
-    `model` and `dataset` may be left out where the file says them, as those of our runs do.
+    `model` and `dataset` may be left out where the file says them, as those of our runs do;
+    `weights`, where the model is another library's, which publishes them. `report` is told what was
+    taken from another program's file.
     """
-    if weights is None:
+    found = None
+    if weights is not None:
+        found = model_weights.read(weights)
+        model, dataset = model or found.model, dataset or found.about.get("data")
+    elif model is None or not model.startswith(PREFIXES):
         raise PotstillError("--weights is missing: a model without weights is not worth measuring")
-    found = model_weights.read(weights)
-    name, dataset = model or found.model, dataset or found.about.get("data")
+    name = model
     if name is None:
         raise NetworkError(f"{weights} does not say its architecture; add --model NAME")
     if dataset is None:
-        raise NetworkError(f"{weights} does not say what it was trained on; add --data NAME")
+        raise NetworkError(
+            f"{weights or name} does not say what it was trained on; add --data NAME"
+        )
     device = choose_device("auto")
     test = datasets.load(dataset, root=root, device=device).test
-    predictor = _trained(name, found, test).to(device)
+    predictor = _trained(name, found, test, report).to(device)
     return evaluate({name: predictor}, test, _evaluation_batch(test))
 
 
-def _trained(name: str, found: model_weights.Weights, test: datasets.Split) -> nn.Module:
-    """A predictor with trained weights. Raises NetworkError unless it has the data's classes."""
-    count = len(test.classes)
-    net = model_weights.network(name, found, count, test.input_shape, test.mean, test.std)
+def _trained(
+    name: str,
+    found: model_weights.Weights | None,
+    test: datasets.Split,
+    report: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """A predictor with trained weights, those of a file or else the published ones.
+
+    Raises NetworkError unless it has as many classes as the data.
+    """
+    count, images = len(test.classes), (test.input_shape, test.mean, test.std)
+    if found is None:
+        net = model_weights.published(name, None, *images, report=report)
+    else:
+        net = model_weights.network(name, found, count, *images, report=report)
     if net.num_classes != count:
         raise NetworkError(
-            f"{found.source} has {net.num_classes} classes, and the data have {count}"
+            f"{found.source if found else name} has {net.num_classes} classes, and the data have "
+            f"{count}"
         )
     return net.predictor()

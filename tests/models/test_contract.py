@@ -178,6 +178,9 @@ BLOCKS = {
     "mobilenetv2": 17,
 }
 every_model = pytest.mark.parametrize("name", list(MODELS))
+ONE_OF_EACH = ["resnet8", "resnet18", "resnet18_imagenet", "wrn_16_1", "wrn_16_1_gkd", "vgg8",
+               "mobilenetv1", "mobilenetv2", "shufflenetv1", "shufflenetv2", "vgg_student_mhgd",
+               "mobilenet_mhgd", "vgg_bn_mhgd"]  # fmt: skip
 SMALL = "resnet8"
 
 
@@ -429,15 +432,17 @@ def test_a_gradient_reaches_every_parameter(name: str):
     assert not dead
 
 
-@every_model
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_tapped_network_is_one_graph(name: str):
-    """Nothing in a network or its hooks makes the compiler give up."""
+    """Nothing in a network or its hooks makes the compiler give up, with gradients either."""
     torch._dynamo.reset()
-    net = small(name).eval()
+    net = small(name)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     x = images(2, *shape_of(net))
-    with torch.no_grad():
-        compiled = torch.compile(net, fullgraph=True, backend="eager")(x)
-        eager = net(x)
+    compiled, eager = torch.compile(net, fullgraph=True, backend="eager")(x), net(x)
+    assert compiled.logits.requires_grad
     assert compiled.features.keys() == eager.features.keys()
     for tap in eager.features:
         close(compiled[tap], eager[tap])
@@ -498,11 +503,6 @@ def test_building_is_reproducible_and_independent():
     again = build(SMALL)
     assert torch.equal(one.module.conv1.weight, again.module.conv1.weight)
     assert not torch.equal(one.module.conv1.weight, other.module.conv1.weight)
-
-
-ONE_OF_EACH = ["resnet8", "resnet18", "resnet18_imagenet", "wrn_16_1", "wrn_16_1_gkd", "vgg8",
-               "mobilenetv1", "mobilenetv2", "shufflenetv1", "shufflenetv2", "vgg_student_mhgd",
-               "mobilenet_mhgd", "vgg_bn_mhgd"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -625,6 +625,16 @@ def test_a_norm_that_is_not_known_is_told_with_those_that_are():
     )
     with pytest.raises(TapError, match="no feature 'stage9'"):
         net.norm("stage9")
+
+
+def test_norms_and_blocks_that_do_not_exist_are_refused():
+    module = build("resnet8").module
+    with pytest.raises(TapError, match="norms or blocks name the module 'layer1.0.bn9', which"):
+        Net(module, {"a": "layer1"}, norms={"a": "layer1.0.bn9"})
+    with pytest.raises(TapError, match="norms or blocks name the module 'layer9', which does not"):
+        Net(module, blocks=["layer9"])
+    with pytest.raises(TapError, match=r"no feature 'b'; this network has \['a'\]"):
+        Net(module, {"a": "layer1"}, norms={"b": "layer1.0.bn1"})
 
 
 def test_a_network_is_cut_between_its_parts_only():

@@ -55,7 +55,7 @@ def require_same_classes(method: Method) -> None:
                     f"{teacher.num_classes} classes and student {s} has {student.num_classes}; use "
                     "a teacher trained on this data set, or a method that reads features"
                 )
-        if list(data.teacher_classes[t]) != list(data.classes):
+        if list(data.teacher_classes[t] or ()) != list(data.classes):
             raise MethodError(
                 f"{name} compares logits class by class, but teacher {t} was trained on other "
                 "classes, or in another order, than data.classes"

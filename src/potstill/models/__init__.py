@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from potstill.errors import NetworkError, did_you_mean
-from potstill.models import mhgd, mobilenet, resnet, shufflenet, vgg, wrn
+from potstill.models import mhgd, mobilenet, outside, resnet, shufflenet, vgg, wrn
 from potstill.models.architecture import Architecture
 from potstill.net import Net
 
@@ -81,12 +81,16 @@ def build(
     """A new network with its canonical taps.
 
     `py:module:function` calls a function of your own with num_classes=..., which returns a module
-    or a Net; a module's only tap is "embed".
+    or a Net. timm:NAME, tv:NAME and hub:OWNER/REPO are networks of other libraries, with random
+    weights. The taps of a module that is not ours are those that `Net.discover` proposes.
 
     `input_shape` is (channels, height, width), by default the one of the published tables.
     `normalize` is as for `Net`. Raises NetworkError for a name that does not exist, naming those
-    that do, and for images that the network cannot take.
+    that do, and for images that the network cannot take; MissingExtra without the other library.
     """
+    if name.startswith(outside.PREFIXES):
+        shape = tuple(input_shape or (3, 224, 224))
+        return tapped(outside.make(name, num_classes, shape[0]).module, shape, normalize)
     if name.startswith("py:"):
         return _own(name, num_classes, tuple(input_shape or (3, 32, 32)), normalize)
     if name not in MODELS:
@@ -98,6 +102,15 @@ def build(
     module = architecture.build(num_classes, shape)
     places, norms = architecture.places, architecture.norms
     return Net(module, places, shape, normalize, norms=norms, blocks=architecture.blocks)
+
+
+def tapped(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Net:
+    """A module with the taps that `Net.discover` proposes."""
+    return Net(module, Net.discover(module, input_shape), input_shape, normalize)
 
 
 def _own(
@@ -124,7 +137,7 @@ def _own(
             made.module, made.taps, input_shape, normalize, norms=made.norms, blocks=made.blocks
         )
     elif isinstance(made, nn.Module):
-        made = Net(made, {}, input_shape, normalize)
+        made = tapped(made, input_shape, normalize)
     else:
         raise NetworkError(f"{name} returned a {type(made).__name__}, not a module")
     return made

@@ -118,27 +118,25 @@ def plain_vgg(role: Literal["teacher", "student"]) -> Architecture:
         partial(PlainVGG, convolutions=convolutions, hidden=hidden),
         taps,
         tuple(f"layer{i}.{j}" for i, n in enumerate(convolutions, start=1) for j in range(n)),
-        description=f"VGG of the graph-distillation pair, {role}; no BatchNorm",
+        description=f"VGG {role} of MHGD, without BatchNorm",
     )
 
 
 def small_resnet() -> Architecture:
     """The ResNet student of Table 3: one basic block in each of three stages."""
-    text = "ResNet student of the graph-distillation paper"
+    text = "ResNet student of MHGD"
     return resnet.stages(text, resnet.BasicBlock, 16, [1, 1, 1], [64, 128, 256])
 
 
 def small_mobilenet() -> Architecture:
     """The MobileNet student of Table 3: five separable blocks."""
-    text = "MobileNet student of the graph-distillation paper"
+    text = "MobileNet student of MHGD"
     return _three_stages(text, mobilenet.separable, (1, 2, 2), ("bn2", "relu2"))
 
 
 def small_vgg() -> Architecture:
     """The modified VGG student of Table 3: strided convolutions in place of pooling."""
-    return _three_stages(
-        "VGG student of the graph-distillation paper", unit, (2, 2, 2), ("bn", "relu")
-    )
+    return _three_stages("VGG student of MHGD, with BatchNorm", unit, (2, 2, 2), ("bn", "relu"))
 
 
 def _three_stages(

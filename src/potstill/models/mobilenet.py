@@ -152,5 +152,5 @@ def v2_half() -> Architecture:
             "embed": Tap("fc:in", "post"),
         },
         tuple(f"layer{i}.{j}" for i, (_, _, n, _) in enumerate(V2, start=1) for j in range(n)),
-        description="MobileNetV2, width 0.5, expansion 6, for small images",
+        description="MobileNetV2, width 0.5, for small images",
     )

@@ -119,7 +119,7 @@ class ResNet(nn.Sequential):
 def cifar(depth: int, widths: Sequence[int] = (16, 16, 32, 64)) -> Architecture:
     """CIFAR ResNet of depth 6n + 2; `widths` of the stem and the three stages."""
     stem, *rest = widths
-    text = f"ResNet-{depth} for small images, widths {', '.join(map(str, widths))}"
+    text = f"ResNet-{depth}, widths {', '.join(map(str, widths))}"
     return stages(text, BasicBlock, stem, [(depth - 2) // 6] * 3, rest)
 
 

@@ -120,7 +120,7 @@ def wrn(depth: int, k: int, biased: bool = False, halve_large: bool = False) -> 
     taps["last"] = Tap("avgpool:in", "post")
     taps["embed"] = Tap("fc:in", "post")
     variant = "biased convolutions (GKD)" if biased else ""
-    variant = "stem of stride 2 from 64 pixels on (MHGD)" if halve_large else variant
+    variant = "halves images from 64 pixels on" if halve_large else variant
     return Architecture(
         partial(WideResNet, blocks=blocks, k=k, biased=biased, halve_large=halve_large),
         taps,

@@ -1,8 +1,8 @@
 """Forward and backward of networks with every tap captured, beside the same module without taps.
 
-Both train on one batch that lies ready: logits, cross-entropy, gradients. They share their weights
-and run in this process, in turns, each first in every other round; a round is several passes of
-each.
+Both train on one batch that lies ready: logits, cross-entropy, gradients. They have equal weights
+and run in this process, pass by pass in turns, so that whatever else the machine does meets both; a
+round is several passes of each.
 
     python benchmarks/tap_cost.py [--models resnet20 ...] [--rounds 21] [--batch 64] [--out FILE]
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +49,32 @@ def compare(
     def without() -> Tensor:
         return plain(image)
 
-    def seconds(forward: Any, module: nn.Module, passes: int) -> float:
+    def seconds(forward: Callable[[], Tensor], module: nn.Module) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
-        for _ in range(passes):
-            module.zero_grad()
-            with torch.autocast(device.type, precision, precision is not None):
-                logits = forward()
-            F.cross_entropy(logits.float(), label).backward()
+        module.zero_grad()
+        with torch.autocast(device.type, precision, precision is not None):
+            logits = forward()
+        F.cross_entropy(logits.float(), label).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - began) / passes
+        return time.perf_counter() - began
 
-    pair = ((with_taps, net), (without, plain))
-    once = max(seconds(f, m, 2) for f, m in pair)
-    passes = max(1, round(0.5 / once))
+    for _ in range(2):  # to warm up
+        once = seconds(with_taps, net) + seconds(without, plain)
+    passes = max(2, round(1 / once))
     found: dict[str, list[float]] = {"with_taps": [], "without": []}
-    for number in range(rounds):
-        order = list(zip(found, pair, strict=True))
-        for key, (forward, module) in order if number % 2 else order[::-1]:
-            found[key].append(seconds(forward, module, passes))
+    for _ in range(rounds):
+        times: dict[str, list[float]] = {"with_taps": [], "without": []}
+        for number in range(passes):
+            if number % 2:
+                times["with_taps"].append(seconds(with_taps, net))
+            times["without"].append(seconds(without, plain))
+            if not number % 2:
+                times["with_taps"].append(seconds(with_taps, net))
+        for key, values in times.items():
+            found[key].append(statistics.median(values))
     ratios = [a / b for a, b in zip(found["with_taps"], found["without"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {

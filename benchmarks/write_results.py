@@ -1,7 +1,7 @@
 """Write docs/results.md from finished runs and benchmark files: no figure is typed in by hand.
 
-    python benchmarks/write_results.py --demo runs/demo --overhead benchmarks/results/*.json \
-        RUN [RUN ...] > docs/results.md
+    python benchmarks/write_results.py --demo runs/demo --overhead FILE [FILE ...] \
+        --taps FILE -- RUN [RUN ...] > docs/results.md
 """
 
 from __future__ import annotations
@@ -121,13 +121,39 @@ def overhead(files: Sequence[Path]) -> list[str]:
     ]
 
 
+def taps(path: Path) -> list[str]:
+    """What capturing every tap costs."""
+    found = json.loads(path.read_text())
+    rows = [
+        [
+            f"`{name}`",
+            str(model["taps"]),
+            f"{1000 * model['seconds']['without']:.0f}",
+            f"{model['ratio']:.3f}",
+            "{:.3f} to {:.3f}".format(*model["ratio_quartiles"]),
+        ]
+        for name, model in found["models"].items()
+    ]
+    head = ["network", "taps", "ms without taps", "time with / without", "quartiles"]
+    return [
+        f"## Taps: forward and backward with all captured, batch {found['batch_size']}\n",
+        f"Medians and quartiles of {found['n']} rounds in turns.\n",
+        table(head, rows) + "\n",
+        f"On: {hardware(found['environment'])}.\n",
+        f"```bash\npython benchmarks/tap_cost.py --out {path.as_posix()}\n```\n",
+    ]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--demo", type=Path, required=True)
     parser.add_argument("--overhead", type=Path, nargs="+", required=True)
+    parser.add_argument("--taps", type=Path, required=True)
     options = parser.parse_args()
-    words = ["--demo", str(options.demo), "--overhead", *map(str, options.overhead), "--"]
+    words = ["--demo", str(options.demo), "--overhead", *map(str, options.overhead)]
+    words += ["--taps", str(options.taps), "--"]
     line = shlex.join(["python", "benchmarks/write_results.py", *words, *map(str, options.runs)])
     parts = [TITLE.format(command=line), *trainings(options.runs), *demo(options.demo)]
-    print("\n".join([*parts, *overhead(options.overhead)]).rstrip())
+    parts += [*overhead(options.overhead), *taps(options.taps)]
+    print("\n".join(parts).rstrip())

@@ -56,7 +56,7 @@ def test_train_says_what_happens_and_leaves_a_run(potstill: Potstill) -> None:
     code, output, _ = potstill("train", *SHORT, "--out", "run")
     assert code == 0
     assert "student 0: resnet8, 77,754 parameters" in output
-    assert "data: digits, 40 training, 898 test" in output
+    assert "data: digits, 10 classes, 40 training, 898 test" in output
     assert "distill epoch 2 · ce " in output
     assert "after the last epoch" in output and "chosen on the test set, not a result" in output
     assert {p.name for p in Path("run").iterdir()} == {
@@ -203,7 +203,7 @@ def test_a_tap_that_does_not_exist_is_named(potstill: Potstill, trained: Path) -
         "train", "digits/at", f"teachers=[{trained}]", "method.taps=[stage1, stage9]"
     )
     assert code == 2
-    assert "no feature 'stage9'; this network has ['embed', 'stage1'" in errors
+    assert "no feature 'stage9'; this network has ['embed', 'last', 'stage1'" in errors
 
 
 def test_a_teacher_of_other_classes_is_refused(potstill: Potstill, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_classes_are_compared_by_name(potstill: Potstill) -> None:
     data = ("data={name: folder, root: one, batch_size: 4, mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}",)
     code, output, errors = potstill("train", "digits/vanilla", *data, "epochs=1", "--out", "t")
     assert code == 0, errors
-    assert "data: folder, 18 training, 18 test" in output
+    assert "data: folder, 3 classes, 18 training, 18 test" in output
     teacher = ("teachers=[t]", *data)
     code, _, errors = potstill("train", "digits/kd", *teacher, "epochs=1", "--out", "s")
     assert code == 0, errors
@@ -362,7 +362,7 @@ def test_a_student_starts_from_weights_of_its_own_classes(potstill: Potstill) ->
     code, _, errors = potstill("train", "digits/vanilla", "epochs=1", *fewer, "--out", "three")
     assert code == 0, errors
     code, _, errors = potstill("train", *SHORT, "students=[three]")
-    assert code == 2 and "students.0.weights were trained on 3 classes" in errors
+    assert code == 2 and "students.0 has weights of 3 classes" in errors
 
 
 def test_a_teacher_of_other_channels_is_refused(potstill: Potstill, trained: Path) -> None:
@@ -382,3 +382,62 @@ def test_a_run_is_measured_on_its_own_data(potstill: Potstill, trained: Path) ->
     code, _, errors = potstill("eval", trained, "--data", "cifar100")
     assert code == 2 and "leave --data out" in errors
     assert potstill("eval")[0] == 2
+
+
+def test_show_draws_a_network(potstill: Potstill) -> None:
+    code, output, errors = potstill("show", "resnet20", "--input", "1x16x16", "--classes", "10")
+    assert (code, errors) == (0, "")
+    assert "\x1b" not in output and max(map(len, output.splitlines())) <= 100
+    (mark,) = [line for line in output.splitlines() if "-> stage1 (post)" in line]
+    assert mark.split()[:3] == ["layer1", "Sequential", "16x16x16"]
+    assert "input       1x16x16, 10 classes" in output and "  2 .. " not in output
+    assert "layer3.1.conv1" not in output and "    conv1" in output
+    code, whole, _ = potstill("show", "resnet20", "--all")
+    assert code == 0 and len(whole.splitlines()) > len(output.splitlines()) + 30
+
+
+def test_show_as_json_has_every_layer(potstill: Potstill) -> None:
+    code, output, _ = potstill("show", "vgg13", "--classes", "50", "--json")
+    found = json.loads(output)
+    assert code == 0 and found["classes"] == 50 and found["name"] == "vgg13"
+    assert found["taps"]["stage1:pre"]["shape"] == [128, 16, 16]
+    (layer,) = [layer for layer in found["layers"] if layer["path"] == "layer2.1.bn"]
+    assert (layer["type"], layer["output"], layer["parameters"]) == (
+        "BatchNorm2d",
+        [128, 16, 16],
+        256,
+    )
+    assert len(found["layers"]) == 51
+    code, output, _ = potstill("list", "models", "--json")
+    (entry,) = [e for e in json.loads(output) if e["name"] == "vgg13"]
+    assert entry.keys() == found.keys() - {"layers"}
+    assert entry["taps"] == found["taps"] and entry["parameters"] == found["parameters"] + 50 * 513
+
+
+def test_show_runs_own_code_only_when_it_may(potstill: Potstill) -> None:
+    Path("shown.py").write_text(
+        "from torch import nn\n"
+        "def small(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(48, num_classes))\n"
+    )
+    code, output, errors = potstill("show", "py:shown:small", "--input", "3x4x4")
+    assert code == 2 and "--allow-code" in errors and output == ""
+    code, output, errors = potstill("show", "py:shown:small", "--input", "3x4x4", "--allow-code")
+    assert code == 0, errors
+    assert "Linear 48->100" in output and "-> embed" in output
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("resnet_20",), 'did you mean "resnet20"?'),
+        (("vgg13", "--input", "3x4x4"), "vgg13 cannot take images of (3, 4, 4)"),
+        (("vgg13", "--input", "32x32"), "--input is '32x32'"),
+        (("vgg13", "--input", "3x0x32"), "write channels, height and width: 3x64x64"),
+        (("vgg13", "--input", "3x-1x32"), "--input is '3x-1x32'"),
+        (("vgg13", "--classes", "0"), "--classes"),
+    ],
+)
+def test_show_says_what_is_wrong(potstill: Potstill, words: tuple[str, ...], message: str) -> None:
+    code, output, errors = potstill("show", *words)
+    assert (code, output, message in errors) == (2, "", True), errors

@@ -47,7 +47,7 @@ def test_every_potstill_command_is_understood(tmp_path: Path) -> None:
     weights = tmp_path / "RUN"
     weights.touch()
     seen = set()
-    for words in commands("README.md"):
+    for words in commands("README.md") + commands("docs/networks.md"):
         if not words[0].endswith("potstill"):
             continue
         seen.add(words[1])
@@ -57,7 +57,7 @@ def test_every_potstill_command_is_understood(tmp_path: Path) -> None:
         if words[1] == "train":
             overrides = [w.replace("RUN", str(weights)) for w in words[3:] if "=" in w]
             recipe.load(words[2], overrides)
-    assert seen == {"demo", "train", "eval", "list", "schema"}
+    assert seen == {"demo", "train", "eval", "list", "schema", "show"}
 
 
 def run_potstill(*words: str) -> str:
@@ -86,6 +86,21 @@ def test_the_readme_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{names['net'].shapes}" in (ROOT / "README.md").read_text(), shapes
 
 
+def test_the_snippets_about_networks_run() -> None:
+    """... and give the values that stand behind them."""
+    names: dict[str, Any] = {}
+    checked = 0
+    for code in blocks("docs/networks.md", "python"):
+        exec(compile(code, "networks.md", "exec"), names)
+        for expression, value in re.findall(r"^(\S.*?)  # ([({t].*)$", code, re.M):
+            value, more, _ = value.partition(", ...")
+            if value[0] in "({" or value.startswith("torch.Size"):
+                assert repr(eval(expression, names)).startswith(value), expression
+                assert more or repr(eval(expression, names)) == value, expression
+                checked += 1
+    assert checked == 4
+
+
 def test_the_method_of_contributing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 1's file, as printed, under step 2's name, is held to the contract's tests."""
     from potstill.methods import METHODS
@@ -107,7 +122,7 @@ def test_the_method_of_contributing_trains(monkeypatch: pytest.MonkeyPatch) -> N
     assert "hint" in [e["name"] for e in entries("methods")]
 
 
-@pytest.mark.parametrize("name", ["net", "recipe", "notebook"])
+@pytest.mark.parametrize("name", ["net", "recipe", "notebook", "discover", "anatomy", "listing"])
 def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(f"potstill.{name}")
     failed, attempted = doctest.testmod(module)

@@ -185,7 +185,9 @@ def evaluate(
             raise PotstillError("a run is measured on its own data: leave --data out")
         scores = training.evaluate_run(run, root, allow_code)
     else:
-        scores = training.evaluate_weights(model, weights, data, root)
+        scores = training.evaluate_weights(
+            model, weights, data, root, lambda line: print(line, file=sys.stderr)
+        )
     if as_json:
         print(json.dumps({name: score._asdict() for name, score in scores.items()}, indent=2))
     else:
@@ -207,16 +209,58 @@ def list_(
     what: Annotated[Listable, typer.Argument()],
     as_json: Annotated[bool, typer.Option("--json", help="An array of objects.")] = False,
 ) -> None:
-    """What there is by name."""
+    """What there is by name.
+
+    A multiply-add counts as two FLOPs; convolutions and linear layers only.
+    """
     from potstill import listing
 
     entries = listing.entries(what.value)
     if as_json:
         print(json.dumps(entries, indent=2))
-        return
-    width = max(len(e["name"]) for e in entries)
-    for e in entries:
-        print(f"{e['name']:<{width}}  {e['description']}")
+    else:
+        print("\n".join(listing.table(what.value, entries)))
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="A network (potstill list models).")],
+    input_: Annotated[
+        str | None, typer.Option("--input", metavar="CxHxW", help="Size of the images: 3x64x64.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="How many the network tells apart.")] = 100,
+    everything: Annotated[bool, typer.Option("--all", help="Every layer, none folded.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One object, with every layer.")] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let py:module:function run.")
+    ] = False,
+) -> None:
+    """A network's layers, with its taps where they are read, and its size.
+
+    A multiply-add counts as two FLOPs; convolutions and linear layers only.
+    """
+    from dataclasses import asdict
+
+    from potstill import anatomy, listing
+
+    if model.startswith("py:") and not allow_code:
+        raise PotstillError(
+            f"{model} runs Python code of your own; add --allow-code if you trust it"
+        )
+    found = anatomy.examine(model, classes, None if input_ is None else _size(input_))
+    if as_json:
+        layers = [asdict(layer) for layer in found.layers]
+        print(json.dumps({**listing.as_object(found), "layers": layers}, indent=2))
+    else:
+        print("\n".join(anatomy.describe(found, everything)))
+
+
+def _size(text: str) -> tuple[int, ...]:
+    """ "3x64x64" -> (3, 64, 64)"""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise PotstillError(f"--input is '{text}'; write channels, height and width: 3x64x64")
+    return tuple(map(int, parts))
 
 
 @app.command()

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from potstill.anatomy import Anatomy
+
+WIDTH = 100
+"""Columns that a table keeps to."""
 
 
 def entries(what: str) -> list[dict[str, Any]]:
@@ -11,6 +19,58 @@ def entries(what: str) -> list[dict[str, Any]]:
     return {"methods": _methods, "models": _models, "datasets": _datasets, "recipes": _recipes}[
         what
     ]()
+
+
+def table(what: str, found: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines that `potstill list` prints of these entries."""
+    if what != "models":
+        return columns([(e["name"], e["description"]) for e in found])
+    head = ("name", "params", "FLOPs", "input", "description")
+    rows = [
+        (
+            e["name"],
+            f"{e['parameters'] / 1e6:.2f} M",
+            f"{e['flops'] / 1e6:,.0f} M",
+            by(e["input_shape"]),
+            e["description"],
+        )
+        for e in found
+    ]
+    return [
+        *map(_cut, columns([head, *rows], right=(1, 2))),
+        "",
+        "params with 100 classes; potstill show NAME draws a network with its taps",
+        "FLOPs of one image: a multiply-add is two; convolutions and linear layers only",
+    ]
+
+
+def _cut(line: str) -> str:
+    if len(line) <= WIDTH:
+        return line
+    return line[: WIDTH - 3].rpartition(" ")[0].rstrip(" ,;") + "..."
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows as lines, in columns of the widest entry each; `right` are the ones with numbers.
+
+    >>> columns([("a", "10"), ("long", "9")], right=[1])
+    ['a     10', 'long   9']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [text.rjust(w) if i in right else text.ljust(w) for i, (text, w) in enumerate(pairs)]
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
+    return ["  ".join(row).rstrip() for row in aligned]
+
+
+def by(shape: Sequence[int | None]) -> str:
+    """A size as it is written.
+
+    >>> by((3, 32, 32))
+    '3x32x32'
+    """
+    return "x".join("?" if n is None else str(n) for n in shape)
 
 
 def _methods() -> list[dict[str, Any]]:
@@ -35,27 +95,28 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
-    from potstill.models import MODELS, build
+    from potstill.anatomy import examine
+    from potstill.models import MODELS
 
-    found = []
-    for name, architecture in MODELS.items():
-        net = build(name)
-        count = sum(p.numel() for p in net.parameters())
-        found.append(
-            {
-                "name": name,
-                "description": f"{architecture.description}; {count:,} parameters at 100 classes",
-                "parameters": count,
-                "input_shape": list(architecture.input_shape),
-                "taps": {tap: list(net.shapes[tap]) for tap in architecture.taps},
-            }
-        )
-    return found
+    return [as_object(examine(name)) for name in MODELS]
+
+
+def as_object(found: Anatomy) -> dict[str, Any]:
+    """A network as an object for JSON, without its layers."""
+    return {
+        "name": found.name,
+        "description": found.description,
+        "parameters": found.parameters,
+        "flops": found.flops,
+        "macs": found.macs,
+        "input_shape": list(found.input_shape),
+        "classes": found.classes,
+        "taps": {name: asdict(tap) for name, tap in found.taps.items()},
+        "blocks": list(found.blocks),
+    }
 
 
 def _datasets() -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
     from potstill.data import DATASETS
 
     return [{"name": name, **asdict(info)} for name, info in DATASETS.items()]

@@ -629,7 +629,7 @@ def test_a_norm_that_is_not_known_is_told_with_those_that_are():
 
 def test_norms_and_blocks_that_do_not_exist_are_refused():
     module = build("resnet8").module
-    with pytest.raises(TapError, match="norms or blocks name the module 'layer1.0.bn9', which"):
+    with pytest.raises(TapError, match=r"name the module 'layer1\.0\.bn9', which"):
         Net(module, {"a": "layer1"}, norms={"a": "layer1.0.bn9"})
     with pytest.raises(TapError, match="norms or blocks name the module 'layer9', which does not"):
         Net(module, blocks=["layer9"])

@@ -15,6 +15,7 @@ Every message says what is wrong with which name, what is allowed, and what to d
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 
 
@@ -67,5 +68,10 @@ def first_line(error: Exception) -> str:
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """A hint with the nearest allowed name, or an empty string: '; did you mean "kd"?'."""
-    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
-    return f'; did you mean "{near[0]}"?' if near else ""
+    near = difflib.get_close_matches(given, list(allowed), n=5, cutoff=0.6)
+
+    def likeness(name: str) -> tuple[float, int]:  # of equals the one that begins alike
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name, given, strict=False))
+        return difflib.SequenceMatcher(None, name, given).ratio(), len(list(alike))
+
+    return f'; did you mean "{max(near, key=likeness)}"?' if near else ""

@@ -106,8 +106,9 @@ def _network_name(name: str, info: ValidationInfo) -> str:
     if name in MODELS or name.startswith((_OWN_CODE, *PREFIXES)) or os.path.exists(name):
         return name
     raise _plain(
-        f"is {_show(name)}, which is no model and no file{_allowed(name, MODELS)}, timm:NAME, "
-        "tv:NAME, hub:OWNER/REPO, py:module:function, or a path"
+        f"is {_show(name)}, which is no model and no file{did_you_mean(name, MODELS) or ';'} "
+        "allowed: what `potstill list models` shows, timm:NAME, tv:NAME, hub:OWNER/REPO, "
+        "py:module:function, or a path"
     )
 
 

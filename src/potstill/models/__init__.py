@@ -85,8 +85,8 @@ def build(
     weights. The taps of a module that is not ours are those that `Net.discover` proposes.
 
     `input_shape` is (channels, height, width), by default the one of the published tables.
-    `normalize` is as for `Net`. Raises NetworkError for a name that does not exist, naming those
-    that do, and for images that the network cannot take; MissingExtra without the other library.
+    `normalize` is as for `Net`. Raises NetworkError for a name that does not exist, naming the
+    nearest, and for images that the network cannot take; MissingExtra without the other library.
     """
     if name.startswith(outside.PREFIXES):
         shape = tuple(input_shape or (3, 224, 224))
@@ -95,7 +95,7 @@ def build(
         return _own(name, num_classes, tuple(input_shape or (3, 32, 32)), normalize)
     if name not in MODELS:
         raise NetworkError(
-            f"no model '{name}'{did_you_mean(name, MODELS)}; the models are {', '.join(MODELS)}"
+            f"no model '{name}'{did_you_mean(name, MODELS)}; `potstill list models` shows all"
         )
     architecture = MODELS[name]
     shape = tuple(input_shape or architecture.input_shape)

@@ -6,7 +6,6 @@ A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 from __future__ import annotations
 
 import itertools
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,19 +17,16 @@ import torch
 from potstill.data.cache import Decoded, cached, key_of
 from potstill.data.folder import ENDINGS, common_size, decoded, listings
 from potstill.data.parquet import read_parquet
+from potstill.data.places import Pair, find
 from potstill.errors import StorageError
 
 HUB = "uoft-cs/cifar100"
 SIZE = 32
 """Pixels on each side."""
-TIMEOUT = 5.0
-"""Seconds that the hub has for its first answer."""
 LOOKED_FOR = (
     "cifar100/train-*.parquet and test-*.parquet, cifar-100-python/{train,test,meta}, or folders "
     "train/<class>/ and test/<class>/ of images"
 )
-
-Pair = tuple[Decoded, Decoded]
 
 
 def cifar100(root: Path | None) -> Pair:
@@ -38,30 +34,7 @@ def cifar100(root: Path | None) -> Pair:
 
     Raises StorageError, naming every place that was looked at, where none of them holds it.
     """
-    if root is not None:
-        if (read := _reader(root)) is None:
-            raise StorageError(
-                f"no CIFAR-100 in data.root '{root}'; looked there for {LOOKED_FOR}. Correct "
-                "data.root, or leave it out to use POTSTILL_DATA or a download"
-            )
-        return read()
-    variable = os.environ.get("POTSTILL_DATA")
-    if variable and (read := _reader(Path(variable).expanduser())) is not None:
-        return read()
-    fault = "no parquet files there"
-    read = None
-    try:
-        read = _reader(_from_hub())
-    except Exception as raised:  # each version of the hub's client has its own
-        fault = f"{type(raised).__name__}: {raised}".splitlines()[0]
-    if read is not None:
-        return read()
-    looked = f"in POTSTILL_DATA '{variable}'" if variable else "POTSTILL_DATA (not set)"
-    raise StorageError(
-        f"CIFAR-100 was not found.\n  - data.root: not given\n  - {looked}: {LOOKED_FOR}\n"
-        f"  - the Hugging Face hub, {HUB}: {fault}\n"
-        "Set data.root=FOLDER or POTSTILL_DATA=FOLDER to one that holds it, or go online once"
-    )
+    return find("CIFAR-100", root, _reader, looked_for=LOOKED_FOR, repo=HUB, files="cifar100/*")
 
 
 def _reader(root: Path) -> Callable[[], Pair] | None:
@@ -92,26 +65,6 @@ def _parquet(files: list[Path]) -> Decoded:
         h, w = found.pixels.shape[1:3]
         raise StorageError(f"'{files[0]}' holds {h}x{w} images, CIFAR-100 has {SIZE}x{SIZE}")
     return found
-
-
-def _from_hub() -> Path:
-    """Folder with the hub's parquet files: the local copy, or else a download."""
-    import huggingface_hub as hub
-
-    def fetch(local: bool) -> Path:
-        return Path(
-            hub.snapshot_download(
-                HUB, repo_type="dataset", allow_patterns="cifar100/*", local_files_only=local
-            )
-        )
-
-    try:
-        if _reader(found := fetch(local=True)) is not None:
-            return found
-    except FileNotFoundError:
-        pass
-    hub.HfApi().dataset_info(HUB, timeout=TIMEOUT)  # fails at once where a download would retry
-    return fetch(local=False)
 
 
 def _pickles(folder: Path) -> Pair:

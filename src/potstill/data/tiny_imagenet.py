@@ -7,12 +7,10 @@ images have no labels, so the validation images are the test set, as in the lite
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from potstill.data.cache import Decoded, cached, key_of
-from potstill.data.cifar100 import TIMEOUT
 from potstill.data.folder import (
     ANNOTATIONS,
     ENDINGS,
@@ -26,7 +24,8 @@ from potstill.data.folder import (
     tab_rows,
 )
 from potstill.data.parquet import read_parquet
-from potstill.errors import DataError, StorageError, first_line
+from potstill.data.places import Pair, find
+from potstill.errors import DataError, StorageError
 
 HUB = "zh-plus/tiny-imagenet"
 ORIGINAL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -40,8 +39,6 @@ LOOKED_FOR = (
     "folders tiny-imagenet*"
 )
 
-Pair = tuple[Decoded, Decoded]
-
 
 def tiny_imagenet(root: Path | None) -> Pair:
     """Training and validation images from `root`, else POTSTILL_DATA, else the hub.
@@ -50,30 +47,14 @@ def tiny_imagenet(root: Path | None) -> Pair:
     files have. Raises StorageError, naming every place that was looked at, where none of them holds
     it or what they hold is damaged, and DataError where their classes do not agree.
     """
-    if root is not None:
-        if (read := _reader(root)) is None:
-            raise StorageError(
-                f"no Tiny-ImageNet in data.root '{root}'; looked there for {LOOKED_FOR}. Correct "
-                "data.root, or leave it out to use POTSTILL_DATA or a download"
-            )
-        return read()
-    variable = os.environ.get("POTSTILL_DATA")
-    if variable and (read := _reader(Path(variable).expanduser())) is not None:
-        return read()
-    fault = "no parquet files there"
-    read = None
-    try:
-        read = _reader(_from_hub())
-    except Exception as raised:  # each version of the hub's client has its own
-        fault = f"{type(raised).__name__}: {first_line(raised)}"
-    if read is not None:
-        return read()
-    looked = f"in POTSTILL_DATA '{variable}'" if variable else "POTSTILL_DATA (not set)"
-    raise StorageError(
-        f"Tiny-ImageNet was not found.\n  - data.root: not given\n  - {looked}: {LOOKED_FOR}\n"
-        f"  - the Hugging Face hub, {HUB}: {fault}\n"
-        "Set data.root=FOLDER or POTSTILL_DATA=FOLDER to one that holds it, such as the unzipped "
-        f"{ORIGINAL}, or go online once"
+    return find(
+        "Tiny-ImageNet",
+        root,
+        _reader,
+        looked_for=LOOKED_FOR,
+        repo=HUB,
+        files="data/*",
+        such_as=f", such as the unzipped {ORIGINAL}",
     )
 
 
@@ -189,23 +170,3 @@ def _sized(found: Decoded, source: Path) -> Decoded:
     if (h, w) != (SIZE, SIZE):
         raise StorageError(f"'{source}' holds {h}x{w} images, Tiny-ImageNet has {SIZE}x{SIZE}")
     return found
-
-
-def _from_hub() -> Path:
-    """Folder with the hub's parquet files: the local copy, or else a download."""
-    import huggingface_hub as hub
-
-    def fetch(local: bool) -> Path:
-        return Path(
-            hub.snapshot_download(
-                HUB, repo_type="dataset", allow_patterns="data/*", local_files_only=local
-            )
-        )
-
-    try:
-        if _form(found := fetch(local=True)) is not None:
-            return found
-    except FileNotFoundError:
-        pass
-    hub.HfApi().dataset_info(HUB, timeout=TIMEOUT)  # fails at once where a download would retry
-    return fetch(local=False)

@@ -340,6 +340,15 @@ def images_of(folder: str, names: list[str]) -> None:
                 Image.new("L", (8, 8), 40 * i + k).save(place / f"{k}.png")
 
 
+def test_a_folder_of_a_models_name_does_not_replace_the_model(potstill: Potstill) -> None:
+    """A run called resnet8 beside the recipe's resnet8: the name is the architecture's."""
+    for place in ("resnet8", "second"):
+        code, _, errors = potstill("train", *SHORT, "--out", place)
+        assert code == 0, errors
+    scores = [Run.open(Path(p)).result["scores"] for p in ("resnet8", "second")]
+    assert scores[0] == scores[1]
+
+
 def test_classes_are_compared_by_name(potstill: Potstill) -> None:
     """A teacher of as many other classes, or of the same in another order, is refused."""
     images_of("one", ["ant", "bee", "cat"])

@@ -690,3 +690,71 @@ def test_batch_statistics_end_on_an_exception():
         raise KeyboardInterrupt
     assert not any(m.training for m in net.modules())
     assert all(m.track_running_stats for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+# --- modules that change themselves, or their input -----------------------------------------------
+
+
+class Rebinding(nn.Module):
+    """Buffers that forward replaces, instead of writing into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("cache", None)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3)) + 1
+        self.mean = 0.9 * self.mean + 0.1 * pooled.mean(0)
+        self.cache = pooled.detach()
+        return self.head(pooled - self.mean)
+
+
+def test_buffers_that_a_forward_replaces_are_put_back():
+    module = Rebinding()
+    before = list(module.state_dict())
+    Net(module, input_shape=(3, 4, 4))
+    assert not module.mean.any() and module.cache is None
+    Net.discover(module, (3, 4, 4))
+    assert not module.mean.any() and list(module.state_dict()) == before
+
+
+def test_a_network_that_writes_into_its_images_is_refused():
+    class Writing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.5))
+
+    with pytest.raises(NetworkError, match="Writing writes into the images it is given"):
+        Net(Writing(nn.Flatten(), nn.Linear(12, 2)), input_shape=(3, 2, 2))
+
+
+def test_a_net_is_saved_and_read_whole(tmp_path: Any):
+    net = toy_net().eval()
+    torch.save(net, tmp_path / "net.pt")
+    again = torch.load(tmp_path / "net.pt", weights_only=False)
+    x = torch.randn(2, *SHAPE)
+    assert torch.equal(again(x).logits, net(x).logits)
+    assert again.memory_format == net.memory_format == torch.channels_last
+
+
+@pytest.mark.parametrize("context", ["autocast", "inference"])
+def test_what_is_built_within_a_context_is_the_same(context: str):
+    module = toy_net().module
+    with torch.autocast("cpu", torch.bfloat16) if context == "autocast" else torch.inference_mode():
+        module(torch.randn(2, *SHAPE))  # fills autocast's cache of weights
+        assert Net.discover(module, SHAPE).keys() == {"stage1", "stage2", "stage3", "embed"}
+        assert Net(module, {"a": "layer1"}, SHAPE).shapes["a"] == (4, 8, 8)
+
+
+@pytest.mark.parametrize("taps", [["layer1"], "layer1", {"a": 0}, {"a": None}])
+def test_taps_that_are_no_mapping_of_places_are_refused(taps: Any):
+    with pytest.raises(TapError, match=r"taps is .*; write a mapping of names to places"):
+        Net(toy_net().module, taps, SHAPE)
+    with pytest.raises(TapError, match=r"norms is .*; write a mapping of names to places"):
+        Net(toy_net().module, {"a": "layer1"}, SHAPE, norms=taps)
+
+
+def test_a_call_without_a_number_is_refused():
+    with pytest.raises(TapError, match="tap 'a' is 'layer1#'; write a module's path"):
+        Net(toy_net().module, {"a": "layer1#"}, SHAPE)

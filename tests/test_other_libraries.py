@@ -96,7 +96,10 @@ def same(module: nn.Module, state: dict[str, Tensor]) -> bool:
 
 def test_a_teacher_has_its_published_weights_head_and_normalisation():
     net, classes, said = made("teacher", "timm:tiny")
-    assert same(net.module, published()) and list(classes) == list(range(10)) and not said
+    assert same(net.module, published()) and list(classes) == list(range(10))
+    assert said == [
+        "teachers.0 (timm:tiny): its 10 classes are taken to be the data's, in their order"
+    ]
     net = weights.published("timm:tiny", None, *IMAGES).eval()
     pixels = torch.rand(2, 1, 8, 8)
     with torch.no_grad():
@@ -136,6 +139,12 @@ def test_images_of_another_size_are_refused_with_the_published_one(timm: Any):
         "timm:tiny was published for images of (1, 8, 8): Tiny cannot take images of (1, 16, 16) "
         "(channels, height, width): division by zero"
     )
+
+
+def test_images_of_another_size_are_told():
+    said: list[str] = []
+    weights.published("timm:tiny", None, (1, 12, 12), [0.5], [0.25], report=said.append)
+    assert said == ["timm:tiny: published for images of 8x8, and these are 12x12"]
 
 
 def test_the_published_weights_of_our_own_names_are_nowhere():

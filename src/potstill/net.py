@@ -95,7 +95,7 @@ class _Target(NamedTuple):
 def _parse(name: str, text: str) -> _Target:
     place, _, call = text.partition("#")
     path, _, end = place.partition(":")
-    if end not in ("", "in", "out") or (call and not call.isdigit()) or (not path):
+    if end not in ("", "in", "out") or ("#" in text and not call.isdigit()) or (not path):
         raise TapError(
             f"tap '{name}' is '{text}'; write a module's path, then ':in' for its input, then "
             "'#1' for its second call: 'layer3', 'layer3.2.relu:in', 'relu:in#1'"
@@ -177,21 +177,34 @@ class Net(_Wrapper):
         self.precision: torch.dtype | None = None
         """What `forward` is autocast to; None for none. `logits` and `predictor` never are."""
         image_like = len(self.input_shape) == 3
-        self.memory_format = torch.channels_last if image_like else torch.contiguous_format
-        """How images reach the module; contiguous where it cannot take them otherwise."""
+        self.channels_last = image_like
+        """Whether images reach the module so; False where it can only take contiguous ones."""
         self._tape = _Tape()
+        for what, given in (("taps", taps), ("norms", norms)):
+            texts = given.values() if isinstance(given, Mapping) else [None]
+            if given is not None and not all(isinstance(text, str) for text in texts):
+                raise TapError(
+                    f'{what} is {given}; write a mapping of names to places: {{"a": "layer1"}}'
+                )
+        if isinstance(blocks, str):
+            raise TapError(f"blocks is '{blocks}'; write a list of paths: ['layer1.0']")
         self.taps = dict(taps or {})
         unknown = (norms or {}).keys() - self.taps.keys() - {"embed"}
         if unknown:
             raise TapError(no_feature(min(unknown), self.taps))
         self.norms = dict(norms or {})
         self.blocks = tuple(blocks)
-        for path in (*self.norms.values(), *self.blocks):
-            self._require(path, "norms or blocks name")
+        for path in self.blocks:
+            self._require(path, "blocks name")
+        for path in self.norms.values():
+            if not isinstance(norm := self._require(path, "norms name"), _BatchNorm):
+                raise TapError(
+                    f"norms name '{path}', which is a {type(norm).__name__}, no BatchNorm"
+                )
         try:
             self.classifier_path = self._find_classifier()
         except NetworkError:  # x.view(len(x), -1) needs contiguous images
-            self.memory_format = torch.contiguous_format
+            self.channels_last = False
             self.classifier_path = self._find_classifier()
         if self.classifier_path is not None:
             self.taps.setdefault("embed", f"{self.classifier_path}:in")
@@ -229,6 +242,11 @@ class Net(_Wrapper):
         finally:
             self._tape.values = None
         return Captured(logits, features)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The same as torch calls it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def logits(self, image: Tensor) -> Tensor:
         """The network's prediction alone, in at least float32. (B, C, H, W) -> (B, K)"""
@@ -292,15 +310,18 @@ class Net(_Wrapper):
         torch.Size([2, 10])
         """
         self.shape_of(tap)
-        target, parts = self._targets[tap], list(self.module.named_children())
-        names = [name for name, _ in parts]
-        if not isinstance(self.module, nn.Sequential) or target.path not in names:
+        target = self._targets[tap]
+        line = type(self.module).forward is nn.Sequential.forward
+        parts = list(self.module._modules.items()) if line else []
+        part = self.module.get_submodule(target.path)
+        places = [i for i, (_, module) in enumerate(parts) if module is part]  # once for each call
+        if (target.call or 0) >= len(places):
             raise NetworkError(
                 f"'{tap}' ('{self.taps[tap]}') is not between two parts of a line of parts, so "
                 f"this {type(self.module).__name__} cannot be cut there"
             )
-        start = names.index(target.path) + (0 if target.of_input else 1)
-        return nn.Sequential(OrderedDict(parts[start:]))
+        start = places[target.call or 0] + (0 if target.of_input else 1)
+        return nn.Sequential(OrderedDict(parts[start:]))  # type: ignore[arg-type]
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter but the classifier's."""
@@ -370,15 +391,26 @@ class Net(_Wrapper):
     def _try_out(self, training: bool) -> Tensor:
         """One forward of two images that leaves modes, buffers and random state as they were."""
         reference = next((p for p in self.module.parameters() if p.is_floating_point()), None)
-        image = torch.zeros(2, *self.input_shape).contiguous(memory_format=self.memory_format)
-        if reference is not None:
-            image = image.to(reference)
+        with torch.inference_mode(False):  # or the image would have no version
+            image = torch.zeros(2, *self.input_shape)
+            image = image.contiguous(memory_format=self.memory_format)
+            if reference is not None:
+                image = image.to(reference)
+        version = image._version
         modes = [(m, m.training) for m in self.module.modules()]
-        buffers = [(b, b.clone()) for b in self.module.buffers()]
+        plain = [m for m in self.module.modules() if isinstance(m._buffers, dict)]  # not scripted
+        buffers = [(m, dict(m._buffers)) for m in plain]
+        values = [(b, b.clone()) for b in self.module.buffers()]
         devices = [image.device] if image.is_cuda else []
+        kind = "cuda" if image.is_cuda else "cpu"
         try:
             self.module.train(training)
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.random.fork_rng(devices),
+                torch.autocast(kind, enabled=False),
+            ):
                 output = self.module(image)
         except PotstillError:
             raise
@@ -390,9 +422,17 @@ class Net(_Wrapper):
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, held in buffers:  # a forward may have put others in their place
+                module._buffers.clear()
+                module._buffers.update(held)
             with torch.no_grad():
-                for buffer, before in buffers:
+                for buffer, before in values:
                     buffer.copy_(before)
+        if image._version != version:
+            raise NetworkError(
+                f"{type(self.module).__name__} writes into the images it is given, which other "
+                "networks read too; let it make new tensors (x = x - 0.5, not x -= 0.5)"
+            )
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__

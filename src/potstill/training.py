@@ -22,6 +22,7 @@ from potstill.errors import NetworkError, PotstillError
 from potstill.evaluate import Scores, evaluate
 from potstill.method import DataSpec, Method, Phase
 from potstill.methods import METHODS
+from potstill.models import MODELS
 from potstill.models import weights as model_weights
 from potstill.models.outside import PREFIXES
 from potstill.net import Net, Predictor, own_statistics
@@ -190,7 +191,8 @@ def build_network(
     outside = name.startswith(PREFIXES)
     pretrained = source == PRETRAINED or (source is None and teaches and outside)
     found = model_weights.read(source) if source is not None and not pretrained else None
-    if found is None and not outside and Path(name).exists():
+    named = name in MODELS or name.startswith(("py:", *PREFIXES))
+    if found is None and not named and Path(name).exists():
         found = model_weights.read(name)
         if found.model is None:
             raise NetworkError(f"{key}.name={name} does not say its architecture; give the name")
@@ -208,7 +210,11 @@ def build_network(
     if found is not None and found.classes is not None:
         _require_same_names(found, data, key)
         return net, found.classes
-    return net, (split.classes if net.num_classes == count else None)
+    if net.num_classes != count:
+        return net, None
+    if pretrained and teaches and report is not None:
+        report(f"{key} ({name}): its {count} classes are taken to be the data's, in their order")
+    return net, split.classes
 
 
 def _require_same_names(found: model_weights.Weights, data: datasets.Data, key: str) -> None:
@@ -267,7 +273,7 @@ def _place(method: Method, device: torch.device, channels_last: bool) -> None:
                     "choose precision=bf16 for the arithmetic"
                 )
             if not channels_last:
-                net.memory_format = torch.contiguous_format
+                net.channels_last = False
             net.to(memory_format=net.memory_format)  # type: ignore[call-overload]
     method.to(device)
     distributed.broadcast_(method)
@@ -653,7 +659,9 @@ def evaluate_weights(
             f"{weights or name} does not say what it was trained on; add --data NAME"
         )
     device = choose_device("auto")
-    test = datasets.load(dataset, root=root, device=device).test
+    shape = found.input_shape if found is not None and dataset == "folder" else None
+    size = shape[1] if shape is not None else None
+    test = datasets.load(dataset, root=root, image_size=size, device=device).test
     predictor = _trained(name, found, test, report).to(device)
     return evaluate({name: predictor}, test, _evaluation_batch(test))
 

@@ -127,8 +127,10 @@ def test_an_unknown_tap_is_refused_with_those_that_exist(side: str):
     with pytest.raises(TapError) as error:
         at(**names)
     assert str(error.value) == (
+        f"the {'student' if side == 'taps' else 'teacher'}: "
         "no feature 'stage4'; this network has ['embed', 'last', 'stage1', 'stage1:pre', "
-        "'stage2', 'stage2:pre', 'stage3', 'stage3:pre', 'stem']; did you mean \"stage3\"?"
+        "'stage2', 'stage2:pre', 'stage3', 'stage3:pre', 'stem']; did you mean \"stage3\"?; "
+        f"choose {side}=[...]"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -87,6 +88,12 @@ COUNTS = [
     ("wrn_40_2", 200, 2_268_056),
     ("wrn_40_4", 200, 8_998_040),
     ("wrn_40_2", 50, 2_248_706),
+    ("wrn_16_2", 50, 696_834),
+    ("wrn_40_1", 50, 566_530),
+    ("wrn_16_1", 50, 177_666),
+    ("wrn_28_4", 50, 5_859_330),
+    ("wrn_16_4", 50, 2_759_170),
+    ("wrn_28_2", 50, 1_472_770),
     ("wrn_16_1_gkd", 50, 178_226),
     ("wrn_16_2_gkd", 50, 697_970),
     ("wrn_16_4_gkd", 50, 2_761_426),
@@ -178,7 +185,8 @@ BLOCKS = {
     "mobilenetv2": 17,
 }
 every_model = pytest.mark.parametrize("name", list(MODELS))
-ONE_OF_EACH = ["resnet8", "resnet18", "resnet18_imagenet", "wrn_16_1", "wrn_16_1_gkd", "vgg8",
+ONE_OF_EACH = [
+    "resnet50","resnet8", "resnet18", "resnet18_imagenet", "wrn_16_1", "wrn_16_1_gkd", "vgg8",
                "mobilenetv1", "mobilenetv2", "shufflenetv1", "shufflenetv2", "vgg_student_mhgd",
                "mobilenet_mhgd", "vgg_bn_mhgd"]  # fmt: skip
 SMALL = "resnet8"
@@ -278,22 +286,43 @@ def test_no_tap_is_overwritten_by_a_later_layer(name: str, training: bool):
     net = small(name)
     out, copies = forward(net, images(3, *shape_of(net)), training)
     assert out.features.keys() == copies.keys()
-    for tap, copy in copies.items():
-        assert torch.equal(out.features[tap], copy), tap
+    for tap, made in copies.items():
+        assert torch.equal(out.features[tap], made), tap
+
+
+def within(net: Net, place: str, values: dict[str, Tensor]) -> Tensor:
+    """The value at a place inside a block, from what enters the block's stage."""
+    (stage, number, part), end = place.partition(":")[0].split("."), place.partition(":")[2]
+    x, layer = values[f"{stage}:in"], net.module.get_submodule(stage)
+    for block in layer[: int(number)]:
+        x = block(x)
+    block = copy.deepcopy(layer[int(number)])
+    if not end:  # a wide ResNet's block begins with bn1 and relu1
+        x = block.bn1(x)
+        return x if part == "bn1" else F.relu(x)
+    setattr(block, part, nn.Identity())
+    if isinstance(block, shufflenet.V2Unit):
+        block.shuffle = nn.Identity()
+    return block(x)
 
 
 @every_model
 def test_taps_are_what_running_the_layers_one_by_one_gives(name: str):
-    """Top level one by one; and from every tap there, the rest of the layers give the logits."""
+    """Top level one by one, and block by block within a stage; a block without its last ReLU gives
+    its pre-activation. From every tap between two parts, the rest of them give the logits."""
     net = small(name).eval()
     x = images(3, *shape_of(net)).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         out = net(x)
-        values = {}
-        for path, layer in net.module.named_children():
+        values, parts = {}, dict(net.module.named_children())
+        for path, layer in parts.items():
             values[f"{path}:in"] = x
             values[path] = x = layer(x)
-        found = [tap for tap, place in net.taps.items() if place in values]
+        for tap, place in net.taps.items():
+            if place not in values:
+                values[place] = within(net, place, values)
+                assert torch.equal(out[tap], values[place]), tap
+        found = [tap for tap, place in net.taps.items() if place.split(":")[0] in parts]
         assert {"last", "embed", *net.stages()} <= {*found, *net.stages("post")}
         for tap in found:
             assert torch.equal(out[tap], values[net.taps[tap]]), tap
@@ -514,6 +543,45 @@ def test_every_family_takes_other_channels_and_sizes(name: str, shape: tuple[int
     assert next(net.parameters()).shape[1] == shape[0]
 
 
+class Sakd(nn.Module):
+    """The form of SAKD and OFD: a block begins with the ReLU that ends the one before it."""
+
+    class Block(nn.Module):
+        def __init__(self, like: resnet.BasicBlock) -> None:
+            super().__init__()
+            self.conv1, self.bn1, self.conv2, self.bn2, self.downsample = (
+                copy.deepcopy(part)
+                for part in (like.conv1, like.bn1, like.conv2, like.bn2, like.downsample)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(x)
+            shortcut = x if self.downsample is None else self.downsample(x)
+            return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut
+
+    def __init__(self, like: resnet.ResNet) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.fc = map(copy.deepcopy, (like.conv1, like.bn1, like.fc))
+        for i in (1, 2, 3):
+            blocks = [self.Block(block) for block in like.get_submodule(f"layer{i}")]
+            setattr(self, f"layer{i}", nn.Sequential(*blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)))))
+        return self.fc(F.relu(x).mean((2, 3)))
+
+
+def test_weights_of_the_sakd_form_give_the_same_logits():
+    theirs = Sakd(build("resnet14", 10).module)
+    for norm in (m for m in theirs.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    net = build("resnet14", 10)
+    net.load_state_dict(theirs.state_dict())
+    x = images(4)
+    close(net.eval()(x).logits, theirs.eval()(x), atol=1e-4, rtol=1e-4)
+
+
 # --- layers, by hand ----------------------------------------------------------------------------
 
 
@@ -627,12 +695,44 @@ def test_a_norm_that_is_not_known_is_told_with_those_that_are():
         net.norm("stage9")
 
 
+def test_a_part_that_stands_twice_in_a_line_is_cut_at_the_call_that_is_meant():
+    relu, conv = nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)
+    module = nn.Sequential(conv, relu, conv, relu, nn.Flatten(), nn.Linear(32, 3))
+    net = Net(module, {"first": "1#0", "second": "1#1", "in": "1:in#1"}, (2, 4, 4)).eval()
+    out = net(images(2, 2, 4, 4))
+    for tap, parts in (("first", 4), ("second", 2), ("in", 3)):
+        assert len(net.tail(tap)) == parts
+        close(net.tail(tap)(out[tap]), out.logits)
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_not_cut():
+    class Own(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    net = Net(Own(nn.Flatten(), nn.Linear(12, 3)), {"a": "0"}, (3, 2, 2))
+    with pytest.raises(NetworkError, match=r"'a' \('0'\) is not between two parts"):
+        net.tail("a")
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2.5, None])
+def test_a_number_of_classes_that_is_none_is_refused(classes: Any):
+    with pytest.raises(NetworkError, match=f"num_classes is {classes}; give a whole number"):
+        build(SMALL, classes)
+
+
 def test_norms_and_blocks_that_do_not_exist_are_refused():
     module = build("resnet8").module
-    with pytest.raises(TapError, match=r"name the module 'layer1\.0\.bn9', which"):
+    with pytest.raises(TapError, match=r"norms name the module 'layer1\.0\.bn9', which"):
         Net(module, {"a": "layer1"}, norms={"a": "layer1.0.bn9"})
-    with pytest.raises(TapError, match="norms or blocks name the module 'layer9', which does not"):
+    with pytest.raises(TapError, match="blocks name the module 'layer9', which does not"):
         Net(module, blocks=["layer9"])
+    with pytest.raises(
+        TapError, match=r"norms name 'layer1\.0\.conv1', which is a Conv2d, no Batch"
+    ):
+        Net(module, {"a": "layer1"}, norms={"a": "layer1.0.conv1"})
+    with pytest.raises(TapError, match=r"blocks is 'layer1'; write a list"):
+        Net(module, blocks="layer1")
     with pytest.raises(TapError, match=r"no feature 'b'; this network has \['a'\]"):
         Net(module, {"a": "layer1"}, norms={"b": "layer1.0.bn1"})
 

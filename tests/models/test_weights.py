@@ -415,6 +415,21 @@ def test_a_file_without_weights_is_refused(content: Any, tmp_path: Path):
         read(path)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
+    path, state = tmp_path / "net.pth", trained().state_dict()
+    state["fc.bias"][3] = float("nan")
+    torch.save(state, path)
+    with pytest.raises(NetworkError, match=r"holds numbers that are not finite, in fc\.bias"):
+        load(path)
+
+
+def test_what_a_file_holds_instead_of_weights_is_told(tmp_path: Path):
+    path = tmp_path / "net.pth"
+    torch.save({"state_dict_ema": trained().state_dict(), "epoch": 3}, path)
+    with pytest.raises(NetworkError, match=r"dict with the keys \['state_dict_ema', 'epoch'\]"):
+        read(path)
+
+
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors", "old.pth"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_a_truncated_file_is_a_storage_error(name: str, share: float, tmp_path: Path):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from potstill.errors import MethodError
+from potstill.errors import MethodError, TapError
 from potstill.losses import attention_map_distance, soft_kl
 from potstill.method import DataSpec, Method, Outputs, Terms
 from potstill.methods.kd import require_same_classes
-from potstill.net import Net
+from potstill.net import Net, no_feature
 
 
 class AT(Method):
@@ -46,8 +46,16 @@ class AT(Method):
                 f"AT pairs taps with teacher_taps, but there are {len(self.taps)} and "
                 f"{len(self.teacher_taps)}; name at least one, and as many on both sides"
             )
-        for net, names in ((self.student, self.taps), (self.teachers[0], self.teacher_taps)):
+        for role, net, names in (
+            ("the student", self.student, self.taps),
+            ("the teacher", self.teachers[0], self.teacher_taps),
+        ):
             for name in names:
+                if name not in net.shapes:
+                    argument = "taps" if role == "the student" else "teacher_taps"
+                    raise TapError(
+                        f"{role}: {no_feature(name, net.shapes)}; choose {argument}=[...]"
+                    )
                 if len(net.shape_of(name)) != 3:
                     raise MethodError(
                         f"AT needs feature maps (C, H, W), but '{name}' is "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from torch import nn
 
-from potstill.errors import NetworkError, did_you_mean
+from potstill.errors import NetworkError, did_you_mean, first_line
 from potstill.models import mhgd, mobilenet, outside, resnet, shufflenet, vgg, wrn
 from potstill.models.architecture import Architecture
 from potstill.net import Net
@@ -88,6 +89,8 @@ def build(
     `normalize` is as for `Net`. Raises NetworkError for a name that does not exist, naming the
     nearest, and for images that the network cannot take; MissingExtra without the other library.
     """
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise NetworkError(f"num_classes is {num_classes!r}; give a whole number from 1 on")
     if name.startswith(outside.PREFIXES):
         shape = tuple(input_shape or (3, 224, 224))
         return tapped(outside.make(name, num_classes, shape[0]).module, shape, normalize)
@@ -121,13 +124,16 @@ def _own(
 ) -> Net:
     """A network made by a function outside this package; recipes ask for --allow-code first."""
     place, _, function = name.removeprefix("py:").rpartition(":")
+    if not place or not function:
+        raise NetworkError(f"'{name}' is not py:module:function")
     sys.path.insert(0, os.getcwd())  # as `python -m` has it and an installed command has not
     try:
         made = getattr(importlib.import_module(place), function)(num_classes=num_classes)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a user's code raises
+        last = traceback.extract_tb(error.__traceback__)[-1]
         raise NetworkError(
-            f"{name} cannot be made: {error}; write py:module:function, for a function that takes "
-            "num_classes"
+            f"{name} cannot be made: {type(error).__name__}: {first_line(error)} "
+            f"({last.filename}, line {last.lineno}); it is called with num_classes={num_classes}"
         ) from error
     finally:
         sys.path.pop(0)

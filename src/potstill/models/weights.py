@@ -147,7 +147,8 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
     items = state.items() if _is_dict(state) else ()
     tensors = {k: v for k, v in items if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
-        raise NetworkError(f"{path} holds no state_dict; it is a {type(content).__name__}")
+        keys = f" with the keys {[*content][:8]}" if isinstance(content, dict) else ""
+        raise NetworkError(f"{path} holds no state_dict; it is a {type(content).__name__}{keys}")
     return tensors
 
 
@@ -212,6 +213,11 @@ def published(
     own = normalize or (mean, std)
     if report is not None and made.note is not None:
         report(made.note)
+    size = "x".join(map(str, input_shape[1:]))
+    if report is not None and made.input_shape is not None:
+        own_size = "x".join(map(str, made.input_shape[1:]))
+        if own_size != size:
+            report(f"{name}: published for images of {own_size}, and these are {size}")
     try:
         return models.tapped(made.module, input_shape, affine_between(mean, std, *own))
     except NetworkError as error:
@@ -234,6 +240,9 @@ def load_into(net: Net, weights: Weights) -> Loaded:
     if not found.fits:
         raise NetworkError("\n".join(_differences(net, own, weights, found)))
     taken = {name: weights.tensors[there] for name, there in found.names.items()}
+    broken = [n for n, x in taken.items() if x.is_floating_point() and not x.isfinite().all()]
+    if broken:
+        raise NetworkError(f"{weights.source} holds numbers that are not finite, in {broken[0]}")
     net.load_state_dict({**own, **taken})
     pairs = {(x.dtype, own[name].dtype) for name, x in taken.items()}
     plain = {name: there.removeprefix(found.prefix) for name, there in found.names.items()}

@@ -768,6 +768,23 @@ def test_an_unknown_name_is_refused_with_the_nearest():
     )
 
 
+@pytest.mark.parametrize("name", ["py:", "py:module", "py::function", "py:module:"])
+def test_a_name_of_ones_own_that_is_half_is_refused(name: str):
+    with pytest.raises(NetworkError, match=f"'{name}' is not py:module:function"):
+        build(name)
+
+
+def test_a_factory_that_fails_is_told_with_its_place(tmp_path: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def make(num_classes):\n    return {}['absent']\n")
+    with pytest.raises(NetworkError) as error:
+        build("py:mine:make", 7)
+    assert str(error.value) == (
+        f"py:mine:make cannot be made: KeyError: 'absent' ({tmp_path / 'mine.py'}, line 2); it is "
+        "called with num_classes=7"
+    )
+
+
 def test_images_that_a_network_cannot_take_are_refused():
     with pytest.raises(NetworkError, match=r"cannot take images of \(3, 0, 8\)"):
         build(SMALL, 5, (3, 0, 8))

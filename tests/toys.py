@@ -31,7 +31,7 @@ def toy_net(seed: int = 0, norm: str = "batch", width: int = 4, classes: int = C
         module,
         architecture.places,
         SHAPE,
-        norms=architecture.norms if norm == "batch" else None,
+        norms=architecture.norms,
         blocks=architecture.blocks,
     )
 

@@ -197,10 +197,10 @@ class Net(_Wrapper):
         for path in self.blocks:
             self._require(path, "blocks name")
         for path in self.norms.values():
-            if not isinstance(norm := self._require(path, "norms name"), _BatchNorm):
-                raise TapError(
-                    f"norms name '{path}', which is a {type(norm).__name__}, no BatchNorm"
-                )
+            norm = self._require(path, "norms name")
+            if not isinstance(norm, (_BatchNorm, nn.GroupNorm)):
+                kind = type(norm).__name__
+                raise TapError(f"norms name '{path}', which is a {kind}, no BatchNorm or GroupNorm")
         try:
             self.classifier_path = self._find_classifier()
         except NetworkError:  # x.view(len(x), -1) needs contiguous images
@@ -288,6 +288,7 @@ class Net(_Wrapper):
     def norm(self, tap: str) -> nn.Module:
         """The BatchNorm right before the ReLU that follows a tap: OFD's margins come from it.
 
+        Or the GroupNorm, in a network that has these.
         Raises TapError where none is known.
         """
         if tap not in self.norms:

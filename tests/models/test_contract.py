@@ -776,11 +776,12 @@ def test_a_name_of_ones_own_that_is_half_is_refused(name: str):
 
 def test_a_factory_that_fails_is_told_with_its_place(tmp_path: Any, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def make(num_classes):\n    return {}['absent']\n")
+    code = tmp_path / "failing_factory.py"
+    code.write_text("def make(num_classes):\n    return {}['absent']\n")
     with pytest.raises(NetworkError) as error:
-        build("py:mine:make", 7)
+        build("py:failing_factory:make", 7)
     assert str(error.value) == (
-        f"py:mine:make cannot be made: KeyError: 'absent' ({tmp_path / 'mine.py'}, line 2); it is "
+        f"py:failing_factory:make cannot be made: KeyError: 'absent' ({code}, line 2); it is "
         "called with num_classes=7"
     )
 

@@ -95,15 +95,14 @@ class Normalization(Part):
 
 
 def _network_name(name: str, info: ValidationInfo) -> str:
-    from potstill.models import MODELS
-    from potstill.models.outside import PREFIXES
+    from potstill.models import MODELS, is_name
 
     if name.startswith(_OWN_CODE) and not (info.context or {}).get("allow_code"):
         raise _plain(
             f"is {_show(name)}, which runs Python code of your own; add --allow-code if you trust "
             "it (in Python, allow_code=True)"
         )
-    if name in MODELS or name.startswith((_OWN_CODE, *PREFIXES)) or os.path.exists(name):
+    if is_name(name) or os.path.exists(name):
         return name
     raise _plain(
         f"is {_show(name)}, which is no model and no file{did_you_mean(name, MODELS) or ';'} "

@@ -22,7 +22,7 @@ from potstill.errors import NetworkError, PotstillError
 from potstill.evaluate import Scores, evaluate
 from potstill.method import DataSpec, Method, Phase
 from potstill.methods import METHODS
-from potstill.models import MODELS
+from potstill.models import is_name
 from potstill.models import weights as model_weights
 from potstill.models.outside import PREFIXES
 from potstill.net import Net, Predictor, own_statistics
@@ -191,8 +191,7 @@ def build_network(
     outside = name.startswith(PREFIXES)
     pretrained = source == PRETRAINED or (source is None and teaches and outside)
     found = model_weights.read(source) if source is not None and not pretrained else None
-    named = name in MODELS or name.startswith(("py:", *PREFIXES))
-    if found is None and not named and Path(name).exists():
+    if found is None and not is_name(name) and Path(name).exists():
         found = model_weights.read(name)
         if found.model is None:
             raise NetworkError(f"{key}.name={name} does not say its architecture; give the name")

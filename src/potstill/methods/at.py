@@ -11,7 +11,7 @@ from potstill.errors import MethodError, TapError
 from potstill.losses import attention_map_distance, soft_kl
 from potstill.method import DataSpec, Method, Outputs, Terms
 from potstill.methods.kd import require_same_classes
-from potstill.net import Net, no_feature
+from potstill.net import Net
 
 
 class AT(Method):
@@ -46,20 +46,19 @@ class AT(Method):
                 f"AT pairs taps with teacher_taps, but there are {len(self.taps)} and "
                 f"{len(self.teacher_taps)}; name at least one, and as many on both sides"
             )
-        for role, net, names in (
-            ("the student", self.student, self.taps),
-            ("the teacher", self.teachers[0], self.teacher_taps),
+        for role, argument, net, names in (
+            ("student", "taps", self.student, self.taps),
+            ("teacher", "teacher_taps", self.teachers[0], self.teacher_taps),
         ):
             for name in names:
-                if name not in net.shapes:
-                    argument = "taps" if role == "the student" else "teacher_taps"
-                    raise TapError(
-                        f"{role}: {no_feature(name, net.shapes)}; choose {argument}=[...]"
-                    )
-                if len(net.shape_of(name)) != 3:
+                try:
+                    shape = net.shape_of(name)
+                except TapError as error:
+                    raise TapError(f"the {role}: {error}; choose {argument}=[...]") from None
+                if len(shape) != 3:
                     raise MethodError(
                         f"AT needs feature maps (C, H, W), but '{name}' is "
-                        f"{tuple(net.shape_of(name))}; choose a tap before the pooling"
+                        f"{tuple(shape)}; choose a tap before the pooling"
                     )
         if alpha:
             require_same_classes(self)

@@ -73,6 +73,15 @@ MODELS: dict[str, Architecture] = {
 }
 
 
+OWN_CODE = "py:"
+"""Begins the name of a network that a function of one's own makes."""
+
+
+def is_name(text: str) -> bool:
+    """Whether a text names a network to build, and no file of weights."""
+    return text in MODELS or text.startswith((OWN_CODE, *outside.PREFIXES))
+
+
 def build(
     name: str,
     num_classes: int = 100,
@@ -94,7 +103,7 @@ def build(
     if name.startswith(outside.PREFIXES):
         shape = tuple(input_shape or (3, 224, 224))
         return tapped(outside.make(name, num_classes, shape[0]).module, shape, normalize)
-    if name.startswith("py:"):
+    if name.startswith(OWN_CODE):
         return _own(name, num_classes, tuple(input_shape or (3, 32, 32)), normalize)
     if name not in MODELS:
         raise NetworkError(
@@ -123,7 +132,7 @@ def _own(
     normalize: tuple[Sequence[float], Sequence[float]] | None,
 ) -> Net:
     """A network made by a function outside this package; recipes ask for --allow-code first."""
-    place, _, function = name.removeprefix("py:").rpartition(":")
+    place, _, function = name.removeprefix(OWN_CODE).rpartition(":")
     if not place or not function:
         raise NetworkError(f"'{name}' is not py:module:function")
     sys.path.insert(0, os.getcwd())  # as `python -m` has it and an installed command has not

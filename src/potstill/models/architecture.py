@@ -52,6 +52,33 @@ class Architecture:
         return {name: tap.norm for name, tap in self.taps.items() if tap.norm is not None}
 
 
+def block_paths(blocks: Sequence[int]) -> tuple[str, ...]:
+    """Paths of all blocks, so many in each stage: layer1.0, layer1.1, ..., layer2.0, ..."""
+    return tuple(f"layer{i}.{j}" for i, n in enumerate(blocks, start=1) for j in range(n))
+
+
+def activated_stages(
+    blocks: Sequence[int],
+    relu: str,
+    norm: str | None,
+    stem: str | None = "relu",
+    last: str = "avgpool:in",
+    first: int = 1,
+) -> dict[str, Tap]:
+    """Taps of stages whose last block ends in a ReLU: `layer{first}` is `stage1`, and so on.
+
+    `relu` and `norm` are the names, in that block, of the ReLU and the BatchNorm right before it.
+    """
+    taps = {} if stem is None else {"stem": Tap(stem, "post")}
+    for i, n in enumerate(blocks):
+        layer, stage = f"layer{first + i}", f"stage{i + 1}"
+        block = f"{layer}.{n - 1}"
+        before = None if norm is None else f"{block}.{norm}"
+        taps[f"{stage}:pre"] = Tap(f"{block}.{relu}:in", "pre", before)
+        taps[stage] = Tap(layer, "post")
+    return taps | {"last": Tap(last, "post"), "embed": Tap("fc:in", "post")}
+
+
 def he_fan_out_(network: nn.Module) -> None:
     """Convolutions normal with std sqrt(2 / (k k C_out)): He et al., ICCV 2015, eq. (14)."""
     for module in network.modules():

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import nn
 
 from potstill.models import mobilenet, resnet, vgg
-from potstill.models.architecture import Architecture, Tap, he_fan_out_
+from potstill.models.architecture import Architecture, activated_stages, block_paths, he_fan_out_
 
 
 class PlainVGG(nn.Sequential):
@@ -108,16 +108,10 @@ def unit(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 def plain_vgg(role: Literal["teacher", "student"]) -> Architecture:
     """The VGG pair of Tables 1, 2 and 4; a stage is a block with its pooling."""
     convolutions, hidden = ((2, 2, 3, 3, 3), 2) if role == "teacher" else ((1, 1, 1, 1, 1), 1)
-    taps = {}
-    for i, n in enumerate(convolutions, start=1):
-        taps[f"stage{i}:pre"] = Tap(f"layer{i}.{n - 1}.relu:in", "pre")
-        taps[f"stage{i}"] = Tap(f"layer{i}", "post")
-    taps["last"] = Tap("layer5", "post")
-    taps["embed"] = Tap("fc:in", "post")
     return Architecture(
         partial(PlainVGG, convolutions=convolutions, hidden=hidden),
-        taps,
-        tuple(f"layer{i}.{j}" for i, n in enumerate(convolutions, start=1) for j in range(n)),
+        activated_stages(convolutions, "relu", None, stem=None, last="layer5"),
+        block_paths(convolutions),
         description=f"VGG {role} of MHGD, without BatchNorm",
     )
 
@@ -146,16 +140,10 @@ def _three_stages(
     ends: tuple[str, str],
 ) -> Architecture:
     """`ends` are the names of a block's last BatchNorm and ReLU."""
-    taps = {"stem": Tap("relu", "post")}
-    for i, n in enumerate(blocks, start=1):
-        norm, relu = (f"layer{i}.{n - 1}.{end}" for end in ends)
-        taps[f"stage{i}:pre"] = Tap(f"{relu}:in", "pre", norm)
-        taps[f"stage{i}"] = Tap(f"layer{i}", "post")
-    taps["last"] = Tap("avgpool:in", "post")
-    taps["embed"] = Tap("fc:in", "post")
+    norm, relu = ends
     return Architecture(
         partial(ThreeStages, block=block, blocks=blocks),
-        taps,
-        tuple(f"layer{i}.{j}" for i, n in enumerate(blocks, start=1) for j in range(n)),
+        activated_stages(blocks, relu, norm),
+        block_paths(blocks),
         description=text,
     )

@@ -12,7 +12,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from potstill.models.architecture import Architecture, Tap, he_fan_out_
+from potstill.models.architecture import (
+    Architecture,
+    Tap,
+    activated_stages,
+    block_paths,
+    he_fan_out_,
+)
 
 V1 = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
 """Stages: (channels, blocks); every stage but the first begins with stride 2."""
@@ -124,17 +130,11 @@ class MobileNetV2(nn.Sequential):
 
 def v1(width: float = 1.0, large: bool = False) -> Architecture:
     """MobileNetV1 of a width, with a stem of stride 2 for large images."""
-    taps = {"stem": Tap("relu", "post")}
-    for i, (_, n) in enumerate(V1, start=1):
-        last = f"layer{i}.{n - 1}"
-        taps[f"stage{i}:pre"] = Tap(f"{last}.relu2:in", "pre", f"{last}.bn2")
-        taps[f"stage{i}"] = Tap(f"layer{i}", "post")
-    taps["last"] = Tap("avgpool:in", "post")
-    taps["embed"] = Tap("fc:in", "post")
+    blocks = [n for _, n in V1]
     return Architecture(
         partial(MobileNetV1, width=width, large=large),
-        taps,
-        tuple(f"layer{i}.{j}" for i, (_, n) in enumerate(V1, start=1) for j in range(n)),
+        activated_stages(blocks, "relu2", "bn2"),
+        block_paths(blocks),
         (3, 224, 224) if large else (3, 32, 32),
         f"MobileNetV1, width {width:g}, for {'large' if large else 'small'} images",
     )
@@ -151,6 +151,6 @@ def v2_half() -> Architecture:
             "last": Tap("avgpool:in", "post"),
             "embed": Tap("fc:in", "post"),
         },
-        tuple(f"layer{i}.{j}" for i, (_, _, n, _) in enumerate(V2, start=1) for j in range(n)),
+        block_paths([n for _, _, n, _ in V2]),
         description="MobileNetV2, width 0.5, for small images",
     )

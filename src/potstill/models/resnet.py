@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from potstill.models.architecture import Architecture, Tap, he_fan_out_
+from potstill.models.architecture import Architecture, activated_stages, block_paths, he_fan_out_
 
 
 class BasicBlock(nn.Module):
@@ -142,17 +142,10 @@ def stages(
     large: bool = False,
 ) -> Architecture:
     """A ResNet with `blocks` and `widths` of each stage, and its anatomy."""
-    taps = {"stem": Tap("relu", "post")}
-    for i, n in enumerate(blocks, start=1):
-        last = f"layer{i}.{n - 1}"
-        taps[f"stage{i}:pre"] = Tap(f"{last}.relu{block.end}:in", "pre", f"{last}.bn{block.end}")
-        taps[f"stage{i}"] = Tap(f"layer{i}", "post")
-    taps["last"] = Tap("avgpool:in", "post")
-    taps["embed"] = Tap("fc:in", "post")
     return Architecture(
         partial(ResNet, block=block, stem=stem, blocks=blocks, widths=widths, large=large),
-        taps,
-        tuple(f"layer{i}.{j}" for i, n in enumerate(blocks, start=1) for j in range(n)),
+        activated_stages(blocks, f"relu{block.end}", f"bn{block.end}"),
+        block_paths(blocks),
         (3, 224, 224) if large else (3, 32, 32),
         text,
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from potstill.models.architecture import Architecture, Tap
+from potstill.models.architecture import Architecture, activated_stages, block_paths
 
 UNITS = (4, 8, 4)
 """Of each stage, in both."""
@@ -150,26 +150,13 @@ def _head(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
 
 def v1() -> Architecture:
     """ShuffleNetV1, three groups, for small images."""
+    taps = activated_stages(UNITS, "relu3", "bn3")
     return Architecture(
-        ShuffleNetV1, _taps(norm="bn3"), BLOCKS, description="ShuffleNetV1, 3 groups"
+        ShuffleNetV1, taps, block_paths(UNITS), description="ShuffleNetV1, 3 groups"
     )
 
 
 def v2() -> Architecture:
     """ShuffleNetV2, width 1, for small images."""
-    return Architecture(ShuffleNetV2, _taps(norm=None), BLOCKS, description="ShuffleNetV2, width 1")
-
-
-BLOCKS = tuple(f"layer{i}.{j}" for i, n in enumerate(UNITS, start=1) for j in range(n))
-
-
-def _taps(norm: str | None) -> dict[str, Tap]:
-    taps = {"stem": Tap("relu", "post")}
-    for i, n in enumerate(UNITS, start=1):
-        unit = f"layer{i}.{n - 1}"
-        before = f"{unit}.{norm}" if norm else None  # V2 normalises one half only
-        taps[f"stage{i}:pre"] = Tap(f"{unit}.relu3:in", "pre", before)
-        taps[f"stage{i}"] = Tap(f"layer{i}", "post")
-    taps["last"] = Tap("avgpool:in", "post")
-    taps["embed"] = Tap("fc:in", "post")
-    return taps
+    taps = activated_stages(UNITS, "relu3", None)  # bn3 normalises one half only
+    return Architecture(ShuffleNetV2, taps, block_paths(UNITS), description="ShuffleNetV2, width 1")

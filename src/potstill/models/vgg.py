@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from potstill.models.architecture import Architecture, Tap, he_fan_out_
+from potstill.models.architecture import Architecture, activated_stages, block_paths, he_fan_out_
 
 CONVOLUTIONS = {
     8: (1, 1, 1, 1, 1),
@@ -66,16 +66,9 @@ class VGG(nn.Sequential):
 def vgg(depth: int) -> Architecture:
     """VGG-depth with BatchNorm."""
     convolutions = CONVOLUTIONS[depth]
-    taps = {"stem": Tap("layer1", "post")}
-    for i, n in enumerate(convolutions[1:], start=1):
-        last = f"layer{i + 1}.{n - 1}"
-        taps[f"stage{i}:pre"] = Tap(f"{last}.relu:in", "pre", f"{last}.bn")
-        taps[f"stage{i}"] = Tap(f"layer{i + 1}", "post")
-    taps["last"] = Tap("avgpool:in", "post")
-    taps["embed"] = Tap("fc:in", "post")
     return Architecture(
         partial(VGG, convolutions=convolutions),
-        taps,
-        tuple(f"layer{i}.{j}" for i, n in enumerate(convolutions, start=1) for j in range(n)),
+        activated_stages(convolutions[1:], "relu", "bn", stem="layer1", first=2),
+        block_paths(convolutions),
         description=f"VGG-{depth} with BatchNorm for small images",
     )

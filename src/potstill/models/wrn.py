@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from potstill.models.architecture import Architecture, Tap, he_fan_out_
+from potstill.models.architecture import Architecture, Tap, block_paths, he_fan_out_
 
 
 class Block(nn.Module):
@@ -124,6 +124,6 @@ def wrn(depth: int, k: int, biased: bool = False, halve_large: bool = False) -> 
     return Architecture(
         partial(WideResNet, blocks=blocks, k=k, biased=biased, halve_large=halve_large),
         taps,
-        tuple(f"layer{i}.{j}" for i in (1, 2, 3) for j in range(blocks)),
+        block_paths([blocks] * 3),
         description=f"WRN-{depth}-{k}" + (f", {variant}" if variant else ""),
     )

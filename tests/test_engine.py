@@ -128,6 +128,15 @@ def test_a_parameter_that_the_loss_does_not_reach_still_decays():
     close(w.item(), 1 - 0.1 * 3.5)
 
 
+def test_an_update_without_a_term_is_refused():
+    """Where every weight of a loss is 0."""
+    w = scalar(1.0)
+    phase = one_turn(Update("u", lambda out: {}, [w]))
+    with pytest.raises(MethodError) as error:
+        train_step(phase, {"u": sgd([w], 0.1)}, BATCH, progress(), 0)
+    assert str(error.value) == ("update 'u' has no term; give one of its weights a value above 0")
+
+
 def test_a_loss_that_reaches_nothing_still_decays():
     w = scalar(1.0)
     phase = one_turn(Update("u", lambda out: {"constant": torch.tensor(2.0)}, [w]))

@@ -10,9 +10,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from potstill.losses import attention_map, attention_map_distance, soft_kl
+from potstill.losses import attention_map, attention_map_distance, meet, soft_kl
 
 close = torch.testing.assert_close
+
+# --- meet ---------------------------------------------------------------------------------------
+
+
+def test_the_larger_map_is_averaged_down():
+    """Of 1, 2, 3, 6 the mean is 3, on whichever side they are."""
+    large, small = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]]), torch.tensor([[[[9.0]]]])
+    for one, other in (meet(large, small), meet(small, large)[::-1]):
+        assert one.tolist() == [[[[3.0]]]]
+        assert other is small
+
+
+def test_maps_of_one_size_meet_as_they_are():
+    one, other = torch.rand(2, 3, 4, 5), torch.rand(2, 7, 4, 5)
+    assert meet(one, other)[0] is one
+    assert meet(one, other)[1] is other
+
+
+def test_height_decides_which_map_is_larger():
+    one, other = meet(torch.rand(1, 1, 4, 2), torch.rand(1, 1, 2, 4))
+    assert one.shape == other.shape == (1, 1, 2, 4)
+    one, other = meet(torch.rand(1, 1, 4, 2), torch.rand(1, 1, 4, 4))
+    assert one.shape == other.shape == (1, 1, 4, 2)
+
 
 # --- soft_kl ------------------------------------------------------------------------------------
 

@@ -642,6 +642,124 @@ def test_a_predictor_shares_the_weights():
     assert torch.equal(predictor(images()), net(images()).logits)
 
 
+# --- more taps, and layers put in -----------------------------------------------------------------
+
+
+def test_taps_can_be_added():
+    net = Net(Plain(), {"pre": "relu:in"}, (1, 2, 2))
+    net.add_taps({"post": "relu", "pre": "relu:in"})
+    out = net(-torch.ones(1, 1, 2, 2))
+    assert out["pre"].eq(-2).all() and out["post"].eq(0).all()
+    assert net.shapes["post"] == (1, 2, 2)
+    net.close()
+    assert not net.module.relu._forward_hooks and not net.module.relu._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("taps", "said"),
+    [
+        ({"a": "conv", "b": "gone"}, "tap 'b' names the module 'gone'"),
+        ({"a": "conv", "pre": "relu"}, "tap 'pre' is 'relu:in' already; give 'relu' another name"),
+    ],
+)
+def test_taps_that_cannot_be_added_change_nothing(taps: dict[str, str], said: str):
+    net = Net(Plain(), {"pre": "relu:in"}, (1, 2, 2))
+    before, shapes = dict(net.taps), dict(net.shapes)
+    with pytest.raises(TapError, match=re.escape(said)):
+        net.add_taps(taps)
+    assert (net.taps, net.shapes) == (before, shapes)
+    assert not net.module.conv._forward_hooks
+    assert set(net(images(1, (1, 2, 2))).features) == set(before)
+
+
+@pytest.mark.parametrize(("tap", "place"), [("pre", "relu:in"), ("out", "conv")])
+def test_a_layer_put_in_changes_what_follows_and_not_the_tap(tap: str, place: str):
+    """2 * -1 = -2 is captured; times -3 it is 6, the ReLU lets it pass, the head sums four."""
+    net = Net(Plain(), {tap: place, "post": "relu"}, (1, 2, 2))
+    scale = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.constant_(scale.weight, -3.0)
+    net.insert(tap, scale)
+    x = -torch.ones(1, 1, 2, 2)
+    out = net(x)
+    assert out[tap].eq(-2).all() and out["post"].eq(6).all()
+    assert out.logits.tolist() == [[24.0, 6.0]]
+    assert torch.equal(net.predictor()(x), out.logits)
+    assert net.state_dict().keys() == Plain().state_dict().keys()
+    net.close()
+    assert net.logits(x).tolist() == [[0.0, 0.0]]
+
+
+def test_a_layer_can_be_put_before_a_module_that_is_called_by_name():
+    class ByName(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.flat(self.relu(input=self.conv(x))))
+
+    net = Net(ByName(), {"pre": "relu:in"}, (1, 2, 2))
+    net.insert("pre", nn.Hardtanh(0.0, 0.5))
+    assert net(torch.ones(1, 1, 2, 2)).logits.tolist() == [[2.0, 0.5]]
+
+
+def test_a_copy_has_its_own_layer_put_in():
+    net = Net(Plain(), {"pre": "relu:in"}, (1, 2, 2))
+    both = nn.ModuleList([net, nn.Conv2d(1, 1, 1, bias=False)])
+    net.insert("pre", both[1])
+    other, x = copy.deepcopy(both), torch.ones(1, 1, 2, 2)
+    nn.init.zeros_(other[1].weight)
+    assert other[0](x).logits.eq(0).all()
+    nn.init.ones_(both[1].weight)
+    assert net(x).logits.tolist() == [[8.0, 2.0]]
+
+
+def test_nothing_is_put_in_where_it_would_run_several_times():
+    net = Net(Repeats(), {"first": "relu#0"}, (3,))
+    with pytest.raises(TapError) as error:
+        net.insert("first", nn.Identity())
+    assert str(error.value) == "'first' is one call of several; nothing can be inserted there"
+    with pytest.raises(TapError, match="no feature 'second'"):
+        net.insert("second", nn.Identity())
+
+
+def test_whether_a_map_is_what_is_pooled():
+    """Not the map before a ReLU, one that is flattened, or a vector."""
+    net = toy_net()
+    assert net.pools("last") and net.pools("stage3")
+    assert not net.pools("stage3:pre") and not net.pools("stage2") and not net.pools("embed")
+    assert not Net(Plain(), {"post": "relu"}, (1, 2, 2)).pools("post")
+    with pytest.raises(TapError, match="no feature 'stage9'"):
+        net.pools("stage9")
+
+
+def test_asking_what_is_pooled_changes_nothing():
+    net = Net(Noisy(), {"map": "frozen"}, SHAPE)
+    before, modes = buffers(net), [m.training for m in net.modules()]
+    random = torch.random.get_rng_state()
+    assert net.pools("map")
+    assert_equal(buffers(net), before)
+    assert [m.training for m in net.modules()] == modes
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_block_ends_are_the_blocks_unless_named():
+    assert toy_net().block_ends == toy_net().blocks == ("layer1.0", "layer2.0", "layer3.0")
+    net = Net(Plain(), {}, (1, 2, 2), blocks=["conv"], block_ends=["relu"])
+    assert net.block_ends == ("relu",)
+    with pytest.raises(TapError) as error:
+        Net(Plain(), {}, (1, 2, 2), blocks=["conv"], block_ends=["relu", "flat"])
+    assert str(error.value) == "there are 1 blocks and 2 block_ends; give one end a block"
+    with pytest.raises(TapError, match="block_ends is 'relu'; write a list of paths"):
+        Net(Plain(), {}, (1, 2, 2), blocks=["conv"], block_ends="relu")
+
+
+def test_capture_is_forward_without_autocast():
+    net = toy_net()
+    net.precision = torch.bfloat16
+    x = images()
+    assert net(x).features["stage1"].dtype == torch.bfloat16
+    found = net.capture(x)
+    assert found.features["stage1"].dtype == torch.float32
+    assert torch.equal(found.logits, net.logits(x))
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 
@@ -657,6 +775,17 @@ def test_a_compiled_net_captures_the_same_in_one_graph():
     close(out.logits, expected.logits)
     assert net._tape.values is None
     close(compiled(x + 1)["pre"], net(x + 1)["pre"])
+
+
+def test_a_layer_put_in_compiles_with_the_network():
+    net = Net(Plain(), {"pre": "relu:in"}, (1, 2, 2))
+    layer = nn.Conv2d(1, 1, 1)
+    net.insert("pre", layer)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = images(3, (1, 2, 2))
+    close(compiled(x).logits, net(x).logits)
+    compiled(x).logits.sum().backward()
+    assert layer.weight.grad is not None
 
 
 # --- batch statistics ---------------------------------------------------------------------------

@@ -186,6 +186,10 @@ def train_step(
         gradients = []
         for u, update in enumerate(turn.updates):
             terms = update.loss(out)
+            if not terms:
+                raise MethodError(
+                    f"update '{update.name}' has no term; give one of its weights a value above 0"
+                )
             for name, term in terms.items():
                 if term.dim():  # its sum over images would train, with a gradient B times too large
                     raise MethodError(

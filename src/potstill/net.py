@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -84,6 +84,22 @@ class _Recorder:
             self.tape.versions[self.name] = value._version
 
 
+class _Inserted:
+    """A hook that passes a module's input or output through another module."""
+
+    def __init__(self, tape: _Tape, name: str, of_input: bool, change: nn.Module) -> None:
+        self.tape, self.name, self.of_input, self.change = tape, name, of_input, change
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], third: Any) -> Any:
+        """As for a recorder; what it returns is used in place of the value."""
+        if not self.of_input:
+            return self.change(third)
+        if args:
+            return (self.change(args[0]), *args[1:]), third
+        first = next(iter(third))
+        return args, {**third, first: self.change(third[first])}
+
+
 class _Target(NamedTuple):
     """A tap's place in the module: "layer3.2.relu:in#1" parsed."""
 
@@ -144,7 +160,8 @@ class Net(_Wrapper):
     final linear layer is found. `normalize` is (scale, shift) per channel, applied to the
     image first, for a network trained with other statistics than the data's; see
     `affine_between`. `norms` says, by tap, which BatchNorm is right before the ReLU that follows,
-    `blocks` which submodules a stochastic depth may skip, in forward order.
+    `blocks` which submodules a stochastic depth may skip, in forward order, and `block_ends` where
+    each one's output is seen after its ReLU, if that is not the block's own output.
 
     >>> net = Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)),
     ...           taps={"map": "0"}, input_shape=(3, 8, 8))
@@ -168,6 +185,7 @@ class Net(_Wrapper):
         *,
         norms: Mapping[str, str] | None = None,
         blocks: Sequence[str] = (),
+        block_ends: Sequence[str] | None = None,
     ) -> None:
         super().__init__(module)
         scale, shift = normalize if normalize is not None else (None, None)
@@ -179,6 +197,8 @@ class Net(_Wrapper):
         image_like = len(self.input_shape) == 3
         self.channels_last = image_like
         """Whether images reach the module so; False where it can only take contiguous ones."""
+        self.architecture: str | None = None
+        """Its name in recipes, where a training knows it."""
         self._tape = _Tape()
         for what, given in (("taps", taps), ("norms", norms)):
             texts = given.values() if isinstance(given, Mapping) else [None]
@@ -186,14 +206,21 @@ class Net(_Wrapper):
                 raise TapError(
                     f'{what} is {given}; write a mapping of names to places: {{"a": "layer1"}}'
                 )
-        if isinstance(blocks, str):
-            raise TapError(f"blocks is '{blocks}'; write a list of paths: ['layer1.0']")
-        self.taps = dict(taps or {})
-        unknown = (norms or {}).keys() - self.taps.keys() - {"embed"}
+        for what, paths in (("blocks", blocks), ("block_ends", block_ends)):
+            if isinstance(paths, str):
+                raise TapError(f"{what} is '{paths}'; write a list of paths: ['layer1.0']")
+        wanted = dict(taps or {})
+        unknown = (norms or {}).keys() - wanted.keys() - {"embed"}
         if unknown:
-            raise TapError(no_feature(min(unknown), self.taps))
+            raise TapError(no_feature(min(unknown), wanted))
         self.norms = dict(norms or {})
         self.blocks = tuple(blocks)
+        self.block_ends = self.blocks if block_ends is None else tuple(block_ends)
+        if len(self.block_ends) != len(self.blocks):
+            raise TapError(
+                f"there are {len(self.blocks)} blocks and {len(self.block_ends)} block_ends; give "
+                "one end a block"
+            )
         for path in self.blocks:
             self._require(path, "blocks name")
         for path in self.norms.values():
@@ -207,15 +234,10 @@ class Net(_Wrapper):
             self.channels_last = False
             self.classifier_path = self._find_classifier()
         if self.classifier_path is not None:
-            self.taps.setdefault("embed", f"{self.classifier_path}:in")
-        self._targets = {name: _parse(name, text) for name, text in self.taps.items()}
-        try:
-            for name, target in self._targets.items():
-                self._install(name, target)
-            self.shapes, self.num_classes = self._dry_run()
-        except BaseException:
-            self.close()
-            raise
+            wanted.setdefault("embed", f"{self.classifier_path}:in")
+        self.taps: dict[str, str] = {}
+        self._targets: dict[str, _Target] = {}
+        self.add_taps(wanted)
 
     @staticmethod
     def discover(module: nn.Module, input_shape: Sequence[int] = (3, 32, 32)) -> dict[str, str]:
@@ -229,15 +251,75 @@ class Net(_Wrapper):
 
         return discover(module, input_shape)
 
-    def forward(self, image: Tensor) -> Captured:
-        """Run once and capture. (B, C, H, W) -> Captured"""
+    def add_taps(self, taps: Mapping[str, str]) -> None:
+        """Capture at more places, for a method that reads more than the usual ones.
+
+        Before the network is compiled. Raises TapError as the constructor does, and for a name that
+        another place has; the taps are then as they were.
+        """
+        for name, place in taps.items():
+            if self.taps.get(name, place) != place:
+                raise TapError(
+                    f"tap '{name}' is '{self.taps[name]}' already; give '{place}' another name"
+                )
+        new = {name: _parse(name, text) for name, text in taps.items() if name not in self.taps}
+        before = self.taps, self._targets
+        self.taps, self._targets = {**self.taps, **taps}, {**self._targets, **new}
+        try:
+            for name, target in new.items():
+                self._install(name, target)
+            self.shapes, self.num_classes = self._dry_run()
+        except BaseException:
+            self.taps, self._targets = before
+            self._remove_hooks(new)
+            raise
+
+    def insert(self, tap: str, change: nn.Module) -> None:
+        """From now on a tap's value goes on through `change`, captured or not.
+
+        The tap itself is captured before the change. `change` is not made a part of this network:
+        its parameters are its owner's to train and to save. Raises TapError for a tap that does not
+        exist, or one of a module that runs several times.
+        """
+        self.shape_of(tap)
+        target = self._targets[tap]
+        if target.call is not None:
+            raise TapError(f"'{tap}' is one call of several; nothing can be inserted there")
+        self._hook(target, _Inserted(self._tape, tap, target.of_input, change))
+
+    def pools(self, tap: str) -> bool:
+        """Whether "embed", what the classifier reads, is the mean over space of a tap's map.
+
+        >>> from potstill.models import build
+        >>> net = build("wrn_16_1", 10)
+        >>> net.pools("last"), net.pools("stage3")
+        (True, False)
+        """
+        if len(self.shape_of(tap)) != 3 or len(self.shape_of("embed")) != 1:
+            return False
         self._tape.values, self._tape.calls = {}, {}
         try:
-            if self.precision is None:
-                logits = self.logits(image)
-            else:  # the cache would hand casts made under no_grad to a forward with gradients
-                with torch.autocast(image.device.type, self.precision, cache_enabled=False):
-                    logits = self.logits(image)
+            self._try_out(training=False, noise=True)
+            found = {name: in_full(self._tape.values[name]) for name in (tap, "embed")}
+        finally:
+            self._tape.values = None
+        mean = found[tap].mean((2, 3))
+        same = mean.shape == found["embed"].shape
+        return same and torch.allclose(mean, found["embed"], rtol=1e-3, atol=1e-5)
+
+    def forward(self, image: Tensor) -> Captured:
+        """Run once, in `precision`, and capture. (B, C, H, W) -> Captured"""
+        if self.precision is None:
+            return self.capture(image)
+        # the cache would hand casts made under no_grad to a forward with gradients
+        with torch.autocast(image.device.type, self.precision, cache_enabled=False):
+            return self.capture(image)
+
+    def capture(self, image: Tensor) -> Captured:
+        """The same without autocast: for predictors that read features."""
+        self._tape.values, self._tape.calls = {}, {}
+        try:
+            logits = self.logits(image)
             features = self._tape.values
         finally:
             self._tape.values = None
@@ -332,10 +414,16 @@ class Net(_Wrapper):
     def close(self) -> None:
         """Remove this Net's hooks, so that the module is again as it was given."""
         self._tape.values = None
+        self._remove_hooks(None)
+
+    def _remove_hooks(self, names: Iterable[str] | None) -> None:
+        """Those of some taps, or all."""
         for module in self.module.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in list(hooks.items()):
-                    if isinstance(hook, _Recorder) and hook.tape is self._tape:
+                    if not isinstance(hook, (_Recorder, _Inserted)) or hook.tape is not self._tape:
+                        continue
+                    if names is None or hook.name in names:
                         del hooks[key]
 
     def shape_of(self, tap: str) -> torch.Size:
@@ -355,12 +443,15 @@ class Net(_Wrapper):
         return modules[path]
 
     def _install(self, name: str, target: _Target) -> None:
-        module = self._require(target.path, f"tap '{name}' names")
-        recorder = _Recorder(self._tape, name, target.of_input, target.call or 0)
+        self._require(target.path, f"tap '{name}' names")
+        self._hook(target, _Recorder(self._tape, name, target.of_input, target.call or 0))
+
+    def _hook(self, target: _Target, hook: _Recorder | _Inserted) -> None:
+        module = self.module.get_submodule(target.path)
         if target.of_input:
-            module.register_forward_pre_hook(recorder, with_kwargs=True)
+            module.register_forward_pre_hook(hook, with_kwargs=True)
         else:
-            module.register_forward_hook(recorder)
+            module.register_forward_hook(hook)
 
     def _find_classifier(self) -> str | None:
         """Path of the linear layer whose output is the logits, found by running once."""
@@ -389,11 +480,16 @@ class Net(_Wrapper):
             captured, self._tape.values, self._tape.versions = self._tape.values, None, None
         return {name: x.shape[1:] for name, x in captured.items()}, logits.shape[1]
 
-    def _try_out(self, training: bool) -> Tensor:
-        """One forward of two images that leaves modes, buffers and random state as they were."""
+    def _try_out(self, training: bool, noise: bool = False) -> Tensor:
+        """One forward of two images that leaves modes, buffers and random state as they were.
+
+        Of black images, or of noise: without biases, all that a network makes of black is zero.
+        """
         reference = next((p for p in self.module.parameters() if p.is_floating_point()), None)
         with torch.inference_mode(False):  # or the image would have no version
             image = torch.zeros(2, *self.input_shape)
+            if noise:
+                image.normal_(generator=torch.Generator().manual_seed(0))
             image = image.contiguous(memory_format=self.memory_format)
             if reference is not None:
                 image = image.to(reference)

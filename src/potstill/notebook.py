@@ -13,7 +13,7 @@ from torch import nn
 from potstill import data as datasets
 from potstill import display, models, training
 from potstill.errors import PotstillError
-from potstill.net import Net
+from potstill.net import Net, Predictor
 from potstill.recipe import Recipe, loads, resolve
 from potstill.run import Run
 from potstill.seeds import seed_of
@@ -66,6 +66,8 @@ def distill(
     recipe, their milestones and warm-ups in epochs of this training.
     `arguments` are the method's own. With `out` the run is a directory that `resume` continues;
     without, nothing is written. A student module is trained in place; a teacher is not changed.
+    `run.student` is the student module, or, for methods that predict with more than it (SimKD,
+    NORM), a module from images to logits that contains it.
 
     >>> from sklearn.datasets import load_digits
     >>> x, y = load_digits(return_X_y=True)
@@ -107,6 +109,7 @@ def distill(
     on = training.choose_device(recipe.device)
     found = training.load_data(recipe, on) if named else _own_data(recipe, train, test, on)
     kept = _modes([n for n in teachers if isinstance(n, nn.Module)])
+    needed: list[Net] = []
     learning: list[tuple[Net, Sequence[int] | None]] = []
     taught: list[tuple[Net, Sequence[int] | None]] = []
     try:
@@ -128,13 +131,16 @@ def distill(
         else:
             with display.watcher(Console(), quiet=quiet) as watcher:
                 training.carry_out(job, run, watcher)
+        predictors = job.method.predictors().values()
+        whole = all(isinstance(p, Predictor) for p in predictors)
+        needed = [] if whole else job.method.nets  # read by what predicts, through their taps
+        run.students = [p.module.module if isinstance(p, Predictor) else p for p in predictors]  # type: ignore[misc]
     finally:
         for thing, name, value in kept:
             setattr(thing, name, value)
         for net, _ in (*learning, *taught):
-            if not any(net is given for given in (*students, *teachers)):
+            if not any(net is other for other in (*students, *teachers, *needed)):
                 net.close()
-    run.students = [net.module for net, _ in learning]
     return run
 
 
@@ -187,6 +193,7 @@ def _net(
     if not isinstance(given, nn.Module):
         return training.build_network(network, data, key)
     net = given if isinstance(given, Net) else models.tapped(given, data.train.input_shape)
+    net.architecture = network.name
     if tuple(net.input_shape) != tuple(data.train.input_shape):
         raise PotstillError(
             f"{key} was built for images of {tuple(net.input_shape)}, the data's are "

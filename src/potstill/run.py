@@ -68,7 +68,7 @@ class Run:
         self._memory: dict[str, bytearray] = {}
         self._predictors: dict[str, str] = {}  # sha256 of those saved by this process, by file
         self.students: list[nn.Module] = []
-        """The trained modules, where this process trained them."""
+        """The trained modules from images to logits, where this process trained them."""
 
     @classmethod
     def create(
@@ -394,7 +394,7 @@ def describe_environment(device: str | torch.device = "cpu", **settings: Any) ->
         "threads": torch.get_num_threads(),
         "device": device.type + name,
         "git": _git_commit(),
-        "command": list(sys.argv),
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
         **settings,
     }
 

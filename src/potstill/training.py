@@ -206,6 +206,7 @@ def build_network(
         net = model_weights.published(name, head, *images, normalize, report)
     else:
         net = model_weights.network(name, found, count, *images, normalize, report)
+    net.architecture = name
     if found is not None and found.classes is not None:
         _require_same_names(found, data, key)
         return net, found.classes
@@ -550,9 +551,9 @@ def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
     split = job.data.train
     mean, std, model = list(split.mean), list(split.std), None
     ready = isinstance(split.images, datasets.UserSet)  # normalised by code that is not ours
-    for name, student in zip(job.names, job.method.nets, strict=True):
-        if isinstance(predictor, Predictor) and predictor.module is student:
-            model, (mean, std) = name, own_statistics(student, mean, std)
+    if isinstance(predictor, Predictor):  # else it is more than a network
+        net: Net = predictor.module  # type: ignore[assignment]
+        model, (mean, std) = net.architecture, own_statistics(net, mean, std)
     return {
         "model": model,
         "data": job.data.name,

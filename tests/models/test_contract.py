@@ -417,6 +417,25 @@ def test_blocks_are_in_forward_order_and_leave_out_no_stage(name: str):
 
 
 @every_model
+def test_block_ends_are_the_blocks_outputs_after_their_relu(name: str):
+    """A wide ResNet's raw sum passes BatchNorm and ReLU in the next block; a bottleneck has
+    none at its end."""
+    net = small(name)
+    ends = {f"block{i}": place for i, place in enumerate(net.block_ends, start=1)}
+    places = {f"plain{i}": path for i, path in enumerate(net.blocks, start=1)}
+    net.add_taps({**ends, **places})
+    out, _ = forward(net, images(8, *shape_of(net)), training=True)
+    for i in range(1, len(ends) + 1):
+        assert out[f"block{i}"].shape == out[f"plain{i}"].shape
+        assert name == "mobilenetv2" or out[f"block{i}"].min() >= 0
+    stages = [path.split(".")[0] for path in net.blocks]
+    last = [i for i, stage in enumerate(stages, start=1) if stage not in stages[i:]]
+    if name.startswith(("resnet", "wrn")):
+        for i, stage in zip(last, net.stages("post"), strict=True):
+            assert torch.equal(out[f"block{i}"], out[stage]), stage
+
+
+@every_model
 def test_initialisation_is_the_published_one(name: str):
     """Convolutions normal with std sqrt(2 / (k k C_out)), or as PyTorch does it; BatchNorm 1, 0."""
     torch.manual_seed(0)

@@ -3,7 +3,8 @@
 KL everywhere: sum over classes, mean over the batch, times temperature squared.
 """
 
+from potstill.losses.alignment import meet
 from potstill.losses.attention import attention_map, attention_map_distance
 from potstill.losses.logits import soft_kl
 
-__all__ = ["attention_map", "attention_map_distance", "soft_kl"]
+__all__ = ["attention_map", "attention_map_distance", "meet", "soft_kl"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from potstill.losses.alignment import meet
+
 
 def attention_map(feature: Tensor, power: float = 2.0) -> Tensor:
     """Spatial attention of a feature map, unit length per image. (B, C, H, W) -> (B, H*W)
@@ -24,9 +26,5 @@ def attention_map_distance(student: Tensor, teacher: Tensor, power: float = 2.0)
     Mean over images and pixels, so it lies in [0, 2 / (H*W)]. The larger feature map is averaged
     down to the smaller one's height first. No gradient reaches the teacher.
     """
-    teacher = teacher.detach()
-    if student.shape[2] > teacher.shape[2]:
-        student = F.adaptive_avg_pool2d(student, teacher.shape[2:])  # type: ignore[arg-type]
-    elif student.shape[2] < teacher.shape[2]:
-        teacher = F.adaptive_avg_pool2d(teacher, student.shape[2:])  # type: ignore[arg-type]
+    student, teacher = meet(student, teacher.detach())
     return F.mse_loss(attention_map(student, power), attention_map(teacher, power))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from potstill.errors import MethodError
 from potstill.losses import soft_kl
@@ -37,11 +38,22 @@ class KD(Method):
 
     def loss(self, out: Outputs) -> Terms:
         """The two weighted terms, "ce" and "kd"."""
-        (student,), (teacher,) = out.students, out.teachers
-        return {
-            "ce": self.gamma * F.cross_entropy(student.logits, out.batch.label),
-            "kd": self.alpha * soft_kl(student.logits, teacher.logits, self.temperature),
-        }
+        return supervision(out, self.gamma, self.alpha, self.temperature)
+
+
+def supervision(out: Outputs, gamma: float, alpha: float, temperature: float) -> dict[str, Tensor]:
+    """The terms of labels and soft targets, beside those of other methods.
+
+    "ce" = gamma * CE and "kd" = alpha * T^2 * KL(teacher || student at temperature T), of one
+    student and one teacher. A term whose weight is 0 is left out, not multiplied by 0.
+    """
+    (student,), (teacher,) = out.students, out.teachers
+    terms = {}
+    if gamma:
+        terms["ce"] = gamma * F.cross_entropy(student.logits, out.batch.label)
+    if alpha:
+        terms["kd"] = alpha * soft_kl(student.logits, teacher.logits, temperature)
+    return terms
 
 
 def require_same_classes(method: Method) -> None:

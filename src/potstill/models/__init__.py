@@ -113,7 +113,8 @@ def build(
     shape = tuple(input_shape or architecture.input_shape)
     module = architecture.build(num_classes, shape)
     places, norms = architecture.places, architecture.norms
-    return Net(module, places, shape, normalize, norms=norms, blocks=architecture.blocks)
+    blocks, ends = architecture.blocks, architecture.block_ends
+    return Net(module, places, shape, normalize, norms=norms, blocks=blocks, block_ends=ends)
 
 
 def tapped(
@@ -149,7 +150,13 @@ def _own(
     if isinstance(made, Net):
         made.close()
         made = Net(
-            made.module, made.taps, input_shape, normalize, norms=made.norms, blocks=made.blocks
+            made.module,
+            made.taps,
+            input_shape,
+            normalize,
+            norms=made.norms,
+            blocks=made.blocks,
+            block_ends=made.block_ends,
         )
     elif isinstance(made, nn.Module):
         made = tapped(made, input_shape, normalize)

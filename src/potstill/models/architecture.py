@@ -40,6 +40,8 @@ class Architecture:
     """Paths of the blocks that a stochastic depth may skip, in forward order."""
     input_shape: tuple[int, int, int] = (3, 32, 32)
     description: str = ""
+    block_ends: tuple[str, ...] | None = None
+    """Where each block's output is seen after its ReLU; None where that is the block's output."""
 
     @property
     def places(self) -> dict[str, str]:

@@ -119,11 +119,13 @@ def wrn(depth: int, k: int, biased: bool = False, halve_large: bool = False) -> 
         taps[f"stage{i}:post"] = Tap(after[i], "post")
     taps["last"] = Tap("avgpool:in", "post")
     taps["embed"] = Tap("fc:in", "post")
+    units = block_paths([blocks] * 3)
     variant = "biased convolutions (GKD)" if biased else ""
     variant = "halves images from 64 pixels on" if halve_large else variant
     return Architecture(
         partial(WideResNet, blocks=blocks, k=k, biased=biased, halve_large=halve_large),
         taps,
-        block_paths([blocks] * 3),
+        units,
         description=f"WRN-{depth}-{k}" + (f", {variant}" if variant else ""),
+        block_ends=(*(f"{unit}.relu1" for unit in units[1:]), "relu"),
     )

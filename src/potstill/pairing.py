@@ -1,0 +1,137 @@
+"""Which features of the student are compared with which of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from potstill.errors import MethodError, TapError
+from potstill.method import Method
+from potstill.net import Net
+
+Role = Literal["student", "teacher"]
+Form = Literal["", "pre", "post"]
+Shape = tuple[int, int, int]
+
+
+class Pair(NamedTuple):
+    """A student's feature map and the teacher's that it is compared with."""
+
+    student: str
+    """Its tap; likewise the teacher's."""
+    teacher: str
+    shape: Shape
+    """(C, H, W) of the student's map."""
+    teacher_shape: Shape
+
+
+def feature_shape(method: Method, role: Role, tap: str, argument: str) -> torch.Size:
+    """Shape of a feature without the batch axis.
+
+    Raises TapError, with the taps that exist, naming the role and the argument that chooses it.
+    """
+    try:
+        return _net(method, role).shape_of(tap)
+    except TapError as error:
+        raise TapError(f"the {role}: {error}; choose {_example(argument)}") from None
+
+
+def map_shape(method: Method, role: Role, tap: str, argument: str) -> Shape:
+    """(C, H, W) of a feature map. Raises TapError as above, MethodError for what is no map."""
+    shape = feature_shape(method, role, tap, argument)
+    if len(shape) != 3:
+        raise MethodError(
+            f"{type(method).__name__} needs feature maps (C, H, W), but '{tap}' of the {role} is "
+            f"{tuple(shape)}; choose {_example(argument)} before the pooling"
+        )
+    return (shape[0], shape[1], shape[2])
+
+
+def last_map(method: Method, role: Role, tap: str | None, argument: str) -> tuple[str, Shape]:
+    """Name and (C, H, W) of the last feature map, the one that is pooled, or of the tap given."""
+    if tap is None:
+        net = _net(method, role)
+        tap = "last" if "last" in net.shapes else next(iter(net.stages("post")[::-1]), "last")
+    return tap, map_shape(method, role, tap, argument)
+
+
+def stage_pairs(
+    method: Method,
+    taps: Sequence[str] | None = None,
+    teacher_taps: Sequence[str] | None = None,
+    *,
+    form: Form = "",
+    teacher_form: Form = "",
+    by: Literal["order", "size"] = "order",
+) -> list[Pair]:
+    """Feature maps to compare, in forward order: the taps given, or else the stages.
+
+    Stages are read before ("pre") or after ("post") their activation where a form says so and the
+    network has it. By order, the first stage meets the first and so on, if there are as many on
+    both sides; else, and always by size, maps meet that are equally high and wide, the deepest
+    first. Where `taps` are given alone, the teacher's have the same names, in the teacher's form.
+
+    Raises TapError and MethodError for taps that do not exist, are no maps or cannot be paired.
+    """
+    name, (student, teacher) = type(method).__name__, (method.student, method.teachers[0])
+    if taps is None and teacher_taps is None:
+        own, theirs = student.stages(form), teacher.stages(teacher_form)
+        given = False
+    else:
+        own = tuple(student.stages(form) if taps is None else taps)
+        named = [f"{tap}:{teacher_form}" for tap in own]
+        same = [f if f in teacher.shapes else tap for f, tap in zip(named, own, strict=True)]
+        theirs = tuple(same if teacher_taps is None else teacher_taps)
+        given = True
+        if len(own) != len(theirs):
+            raise MethodError(
+                f"{name} pairs taps with teacher_taps, but there are {len(own)} and "
+                f"{len(theirs)}; name as many on both sides"
+            )
+    for role, names, argument in (("student", own, "taps"), ("teacher", theirs, "teacher_taps")):
+        if not names:
+            raise MethodError(
+                f"{name} compares feature maps, and {argument} is empty"
+                if given
+                else f"{name} compares the stages of networks, and the {role} has none; choose "
+                f"{argument}=[...] among {sorted(_net(method, role).shapes)}"  # type: ignore[arg-type]
+            )
+    shapes = [map_shape(method, "student", tap, "taps") for tap in own]
+    teacher_shapes = [map_shape(method, "teacher", tap, "teacher_taps") for tap in theirs]
+    if given or (by == "order" and len(own) == len(theirs)):
+        chosen = list(zip(range(len(own)), range(len(own)), strict=True))
+    else:
+        chosen = _equal_sizes(shapes, teacher_shapes)
+    if not chosen:
+        raise MethodError(
+            f"{name}: no stage of the student ({_listed(own, shapes)}) is as high and wide as one "
+            f"of the teacher ({_listed(theirs, teacher_shapes)}); pair them with taps=[...] and "
+            "teacher_taps=[...]"
+        )
+    return [Pair(own[i], theirs[j], shapes[i], teacher_shapes[j]) for i, j in chosen]
+
+
+def _equal_sizes(own: Sequence[Shape], theirs: Sequence[Shape]) -> list[tuple[int, int]]:
+    """Positions of maps of one size, in order on both sides, found from the deepest on."""
+    pairs: list[tuple[int, int]] = []
+    free = len(theirs)
+    for i in reversed(range(len(own))):
+        match = next((j for j in reversed(range(free)) if theirs[j][1:] == own[i][1:]), None)
+        if match is not None:
+            pairs.insert(0, (i, match))
+            free = match
+    return pairs
+
+
+def _net(method: Method, role: Role) -> Net:
+    return method.student if role == "student" else method.teachers[0]
+
+
+def _example(argument: str) -> str:
+    return f"{argument}=[...]" if argument.endswith("taps") else f"{argument}=..."
+
+
+def _listed(names: Sequence[str], shapes: Sequence[Shape]) -> str:
+    return ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in zip(names, shapes, strict=True))

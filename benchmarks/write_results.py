@@ -1,7 +1,10 @@
-"""Write docs/results.md from finished runs and benchmark files: no figure is typed in by hand.
+"""Write sections of docs/results.md from files of runs and benchmarks: no figure is typed by hand.
 
-    python benchmarks/write_results.py --demo runs/demo --overhead FILE [FILE ...] \
-        --taps FILE -- RUN [RUN ...] > docs/results.md
+    python benchmarks/write_results.py [--short RUN ...] [--features RUN ...] [--demo DIR] \
+        [--overhead FILE ...] [--taps FILE] [--methods FILE ...]
+
+Sections whose files are not given stay as they are. A run's small files (recipe.yaml, env.json,
+metrics.jsonl, result.json) are kept under benchmarks/results/runs/, its weights are not.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from potstill import recipe, report
 from potstill.display import duration
 from potstill.run import Run
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
 TITLE = """# Results, as measured
 
-Written by `{command}`.
+Each section is written by `benchmarks/write_results.py` from the files of the runs named in it.
 Accuracies are top-1 on the test set after the **last** epoch, in percent; the best epoch beside
 them was chosen on the test set and is not a result. Speeds are of whole runs, evaluation included,
 on a machine that other work shared, heavily at times.
@@ -40,11 +44,10 @@ def hardware(environment: Mapping[str, Any]) -> str:
 
 def command_of(run: Run) -> str:
     """The command line that started a run."""
-    program, *words = run.environment["command"]
-    return shlex.join([Path(program).name, *words])
+    return shlex.join(run.environment["command"])
 
 
-def trainings(directories: Sequence[Path]) -> list[str]:
+def trainings(heading: str, directories: Sequence[Path]) -> list[str]:
     """Single runs, one row each."""
     rows, commands, places = [], [], set()
     for directory in directories:
@@ -70,7 +73,7 @@ def trainings(directories: Sequence[Path]) -> list[str]:
         places.add(hardware(run.environment))
     head = ["run", "teacher", "last epoch", "best epoch", "top-5", "n", "images/s", "time"]
     return [
-        "## ResNet-20 on CIFAR-100 in 10 one-cycle epochs\n",
+        f"## {heading}\n",
         table(head, rows) + "\n",
         "\n".join(f"On: {place}." for place in sorted(places)) + "\n",
         "```bash\n" + "\n".join(commands) + "\n```\n",
@@ -144,16 +147,65 @@ def taps(path: Path) -> list[str]:
     ]
 
 
+def methods(files: Sequence[Path]) -> list[str]:
+    """What every method costs beside plain training."""
+    parts = [
+        "## Methods: one epoch of 5,000 images, ResNet-56 to ResNet-20\n",
+        "Each method's published recipe. Images/s are medians of steps taken in turns with plain\n"
+        "training (`vanilla`) in one process; the ratio is of those pairs, with quartiles. Peak\n"
+        "memory is the whole process's (of the GPU, on a GPU), the data set included. All terms\n"
+        "were finite, and the loss fell.\n",
+    ]
+    head = ["method", "images/s", "of vanilla's", "quartiles", "peak MiB", "beside vanilla's"]
+    for path in files:
+        found = json.loads(path.read_text())
+        plain = found["methods"]["vanilla"]["peak_bytes"]
+        rows = []
+        for name, row in found["methods"].items():
+            assert row["finite"] and row["falling"], name
+            rows.append(
+                [
+                    f"`{name}`",
+                    f"{row['images_per_second']:.0f}",
+                    f"{row['ratio']:.3f}",
+                    "{:.3f} to {:.3f}".format(*row["ratio_quartiles"]),
+                    f"{row['peak_bytes'] / 2**20:.0f}",
+                    f"{(row['peak_bytes'] - plain) / 2**20:+.0f}",
+                ]
+            )
+        parts += [
+            table(head, rows) + "\n",
+            f"n {found['n']}. On: {hardware(found['environment'])}.\n",
+        ]
+    names = " ".join(path.as_posix() for path in files)
+    parts.append(f"```bash\npython benchmarks/method_cost.py --teacher ... --out {names}\n```\n")
+    return parts
+
+
+def merged(there: str, sections: Sequence[str]) -> str:
+    """A document with some sections replaced, new ones at its end."""
+    _, *old = there.split("\n## ")
+    kept = {part.partition("\n")[0]: f"## {part.strip()}\n" for part in old}
+    new = {part.partition("\n")[0].removeprefix("## "): f"{part.strip()}\n" for part in sections}
+    return "\n".join([TITLE, *(kept | new).values()])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--demo", type=Path, required=True)
-    parser.add_argument("--overhead", type=Path, nargs="+", required=True)
-    parser.add_argument("--taps", type=Path, required=True)
+    parser.add_argument("--short", type=Path, nargs="+", help="runs of vanilla and kd")
+    parser.add_argument("--features", type=Path, nargs="+", help="runs of feature methods")
+    parser.add_argument("--demo", type=Path)
+    parser.add_argument("--overhead", type=Path, nargs="+")
+    parser.add_argument("--taps", type=Path)
+    parser.add_argument("--methods", type=Path, nargs="+")
     options = parser.parse_args()
-    words = ["--demo", str(options.demo), "--overhead", *map(str, options.overhead)]
-    words += ["--taps", str(options.taps), "--"]
-    line = shlex.join(["python", "benchmarks/write_results.py", *words, *map(str, options.runs)])
-    parts = [TITLE.format(command=line), *trainings(options.runs), *demo(options.demo)]
-    parts += [*overhead(options.overhead), *taps(options.taps)]
-    print("\n".join(parts).rstrip())
+    budget = "ResNet-20 on CIFAR-100 in 10 one-cycle epochs"
+    made = [
+        *([trainings(budget, options.short)] if options.short else []),
+        *([trainings(f"Feature methods: {budget}", options.features)] if options.features else []),
+        *([demo(options.demo)] if options.demo else []),
+        *([overhead(options.overhead)] if options.overhead else []),
+        *([taps(options.taps)] if options.taps else []),
+        *([methods(options.methods)] if options.methods else []),
+    ]
+    RESULTS.write_text(merged(RESULTS.read_text(), ["\n".join(parts) for parts in made]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from potstill import training
+from potstill.methods import METHODS
 from potstill.recipe import load
 
 DATA = Path(os.environ.get("POTSTILL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -35,3 +38,15 @@ def test_a_plain_student_learns_in_ten_epochs(tmp_path: Path) -> None:
     run = training.train(recipe, tmp_path / "run", training.Silence())
     assert run.result is not None
     assert run.result["scores"]["student"]["top1"] >= 57
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_trains_on_a_slice(name: str, precision: str) -> None:
+    """One epoch of 5,000 images with the published recipe: finite terms, and a falling loss."""
+    script = Path(__file__).parents[1] / "benchmarks" / "method_cost.py"
+    command = [sys.executable, str(script), "--teacher", str(WEIGHTS), "--methods", name]
+    command += ["--precision", precision, "--steps", "2"]
+    environment = {**os.environ, "POTSTILL_DATA": str(DATA)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -81,6 +81,33 @@ def test_eval_repeats_the_result(potstill: Potstill, trained: Path) -> None:
     assert code == 0 and f"{result['scores']['student']['top1']:.2f} % top-1" in output
 
 
+@pytest.mark.parametrize(
+    ("method", "alone"),
+    [("simkd", False), ("norm", False), ("{name: norm, merge: true}", True)],
+    ids=["simkd", "norm", "merged"],
+)
+def test_eval_repeats_the_result_of_what_is_deployed(
+    potstill: Potstill, trained: Path, method: str, alone: bool
+) -> None:
+    """Also where it is more than the student; one that has merged is a plain network again."""
+    given = ("teachers.0.name=resnet8", f"teachers.0.weights={trained}", "epochs=1")
+    code, output, _ = potstill(
+        "train", "digits/kd", *given, f"method={method}", "--out", "deployed"
+    )
+    assert code == 0
+    run = Run.open("deployed")
+    assert run.result is not None
+    scores = run.result["scores"]["student"]
+    code, output, _ = potstill("eval", "deployed", "--json")
+    assert code == 0
+    assert json.loads(output)["student"] == pytest.approx(scores, rel=1e-5)
+    code, output, errors = potstill("eval", "--weights", "deployed", "--data", "digits")
+    if alone:
+        assert code == 0 and f"{scores['top1']:.2f} % top-1" in output
+    else:
+        assert code == 2 and "does not say its architecture" in errors
+
+
 def test_a_run_teaches(potstill: Potstill, trained: Path) -> None:
     """Weights by a run's directory: the teacher's accuracy comes before the first epoch."""
     code, output, _ = potstill(

@@ -47,7 +47,7 @@ def test_every_potstill_command_is_understood(tmp_path: Path) -> None:
     weights = tmp_path / "RUN"
     weights.touch()
     seen = set()
-    for words in commands("README.md") + commands("docs/networks.md"):
+    for words in (w for page in PAGES for w in commands(str(page)) if page.name != "results.md"):
         if not words[0].endswith("potstill"):
             continue
         seen.add(words[1])

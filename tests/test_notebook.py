@@ -43,6 +43,28 @@ def go(*given: Any, **more: Any) -> Run:
     return potstill.distill(*given, **{**settings, **more})
 
 
+@pytest.mark.parametrize("method", ["simkd", "norm"])
+def test_what_predicts_with_more_than_the_student_is_returned(method: str) -> None:
+    """Complete, and usable after the training is over: the score is that of the run's result."""
+    teacher, student = (potstill.build("resnet8", 4, SHAPE) for _ in range(2))
+    run = go(teacher.module, student.module, images(), images(seed=1), method, epochs=4)
+    assert run.student is not student.module
+    x = torch.stack([image for image, _ in images(seed=1)]).float() / 255
+    x = (x - x_mean(images())) / x_std(images())
+    with torch.no_grad():
+        found = run.student.eval()(x).argmax(1)
+    right = (found == torch.tensor([y for _, y in images(seed=1)])).float().mean().item()
+    assert 100 * right == pytest.approx(run.result["scores"]["student"]["top1"])
+
+
+def x_mean(pairs: list[tuple[Tensor, int]]) -> Tensor:
+    return torch.stack([image for image, _ in pairs]).float().mean() / 255
+
+
+def x_std(pairs: list[tuple[Tensor, int]]) -> Tensor:
+    return torch.stack([image for image, _ in pairs]).float().std() / 255
+
+
 def test_plain_modules_learn_and_come_back_clean(tmp_path: Path, monkeypatch: Any) -> None:
     """The student is the given module, trained, without our hooks; nothing is written."""
     monkeypatch.chdir(tmp_path)

@@ -504,7 +504,7 @@ def test_the_environment_is_json_and_says_what_it_was_told(tmp_path, monkeypatch
     assert found["threads"] == torch.get_num_threads()
     assert found["cpu"]
     assert found["device"] == "cpu"
-    assert found["command"] == sys.argv
+    assert found["command"] == [os.path.basename(sys.argv[0]), *sys.argv[1:]]
     assert found["git"] is None
     assert found["world_size"] == 1
     monkeypatch.setenv("PATH", "")  # no git at all

@@ -442,7 +442,7 @@ def test_a_mapping_replaced_as_a_whole_is_noted():
             'method.name is "kdd", which is no method; did you mean "kd"? allowed:',
         ),
         ("method.name=3", "method.name must be text, not 3"),
-        ("method.name=", "method.name is missing; allowed: vanilla, kd, at"),
+        ("method.name=", "method.name is missing; allowed: vanilla, kd, fitnet"),
         ("method=[kd]", 'method must be a name or a mapping such as {name: ...}, not ["kd"]'),
         ("optimizers={}", "optimizers is empty; give at least one, such as optimizers.default="),
         (

@@ -45,7 +45,19 @@ class Case:
 CASES: dict[str, Case] = {
     "vanilla": Case(teachers=0),
     "kd": Case(),
+    "fitnet": Case(),
     "at": Case(arguments={"alpha": 0.5, "teacher_taps": ["stage1", "stage2", "stage3:pre"]}),
+    "ofd": Case(),
+    "rkd": Case(),
+    "crd": Case(arguments={"negatives": 16}),
+    "reviewkd": Case(arguments={"warmup_epochs": 0}),  # or the first step moves no bias
+    "srrl": Case(),
+    "afd_attention": Case(),
+    "semckd": Case(arguments={"beta": 4.0}),
+    "simkd": Case(epochs=60),
+    "mgd": Case(),
+    "norm": Case(),
+    "sakd": Case(),
     "two_optimizers": Case(),
     "alternating": Case(students=2, teachers=0),
     "pre_phase": Case(),
@@ -77,7 +89,18 @@ def build(
     teachers = [copy.deepcopy(trained_teacher(norm)) for _ in range(case.teachers)]
     torch.manual_seed(5)
     spec = ToyImages().spec(case.teachers, batch_size, drop_last)
-    return channels_last(ALL[name](students, teachers, spec, **case.arguments).to(dtype))
+    method = ALL[name](students, teachers, spec, **case.arguments)
+    if norm == "group":
+        group_norms(method)
+    return channels_last(method.to(dtype))
+
+
+def group_norms(module: nn.Module) -> None:
+    """GroupNorm, one group, for a method's own BatchNorms: what several ranks compute alike."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, nn.GroupNorm(1, child.num_features))
 
 
 def pace_of(method: Method, epochs: int) -> engine.Pace:

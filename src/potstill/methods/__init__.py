@@ -1,12 +1,36 @@
 """Every method by name: one line each, and the only registry."""
 
 from potstill.method import Method
+from potstill.methods.afd_attention import AFDAttention
 from potstill.methods.at import AT
+from potstill.methods.crd import CRD
+from potstill.methods.fitnet import FitNet
 from potstill.methods.kd import KD
+from potstill.methods.mgd import MGD
+from potstill.methods.norm import NORM
+from potstill.methods.ofd import OFD
+from potstill.methods.reviewkd import ReviewKD
+from potstill.methods.rkd import RKD
+from potstill.methods.sakd import SAKD
+from potstill.methods.semckd import SemCKD
+from potstill.methods.simkd import SimKD
+from potstill.methods.srrl import SRRL
 from potstill.methods.vanilla import Vanilla
 
 METHODS: dict[str, type[Method]] = {
     "vanilla": Vanilla,
     "kd": KD,
+    "fitnet": FitNet,
     "at": AT,
+    "ofd": OFD,
+    "rkd": RKD,
+    "crd": CRD,
+    "reviewkd": ReviewKD,
+    "srrl": SRRL,
+    "afd_attention": AFDAttention,
+    "semckd": SemCKD,
+    "simkd": SimKD,
+    "mgd": MGD,
+    "norm": NORM,
+    "sakd": SAKD,
 }

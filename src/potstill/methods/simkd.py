@@ -90,7 +90,6 @@ class SimKD(Method):
         memo: dict[int, object] = {id(t): t for t in (*student.parameters(), *student.buffers())}
         memo[id(student.classifier)] = nn.Identity()
         backbone = copy.deepcopy(student, memo)  # shares every tensor; is not compiled
-        backbone.precision = None  # what predicts is not autocast
         return {"student": ReusedClassifier(backbone, self.tap, self.projector, head)}
 
 
@@ -105,7 +104,7 @@ class ReusedClassifier(nn.Module):
         self.tap = tap
 
     def forward(self, image: Tensor) -> Tensor:
-        mapped = self.projector(self.backbone(image)[self.tap])
+        mapped = self.projector(self.backbone.capture(image)[self.tap])
         return self.classifier(mapped.mean((2, 3)))  # type: ignore[no-any-return]
 
 

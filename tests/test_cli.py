@@ -81,6 +81,22 @@ def test_eval_repeats_the_result(potstill: Potstill, trained: Path) -> None:
     assert code == 0 and f"{result['scores']['student']['top1']:.2f} % top-1" in output
 
 
+def test_a_training_that_diverges_is_stopped_and_says_so(potstill: Potstill) -> None:
+    """At the end of its epoch, before anything of it is saved as a result."""
+    code, _, errors = potstill("train", *SHORT, "optimizers.default.lr=1e30", "--out", "run")
+    assert code == 2
+    assert "epoch 1 of phase distill: the training has diverged, ce is not finite" in errors
+    assert Run.open("run").result is None
+
+
+def test_one_image_that_has_no_variance_is_told(potstill: Potstill) -> None:
+    """100 images in batches of 33 leave one, of which vgg8 makes maps of one pixel."""
+    short = ("digits/vanilla", "students=[vgg8]", "epochs=1", "data.subset=100")
+    code, _, errors = potstill("train", *short, "data.batch_size=33", "--out", "run")
+    assert code == 2
+    assert "BatchNorm found one value a channel, which has no variance, in a batch of 1" in errors
+
+
 @pytest.mark.parametrize(
     ("method", "alone"),
     [("simkd", False), ("norm", False), ("{name: norm, merge: true}", True)],

@@ -57,6 +57,44 @@ def test_what_predicts_with_more_than_the_student_is_returned(method: str) -> No
     assert 100 * right == pytest.approx(run.result["scores"]["student"]["top1"])
 
 
+@pytest.mark.parametrize("method", ["simkd", "norm"])
+@pytest.mark.parametrize("as_net", [False, True])
+def test_a_student_may_be_trained_again_afterwards(
+    method: str, as_net: bool, tmp_path: Path
+) -> None:
+    """No layer stays in it, nothing of it stays frozen, and its file is what was measured."""
+    teacher, net = (potstill.build("resnet8", 4, SHAPE) for _ in range(2))
+    student = net if as_net else net.module
+    if not as_net:
+        net.close()
+    first = go(teacher, student, images(), images(seed=1), method, epochs=1)
+    given = {id(p) for p in teacher.parameters()}
+    assert not given & {id(p) for p in first.student.parameters()}
+    assert all(p.requires_grad for p in student.parameters())
+    before = copy.deepcopy(net.module.fc.weight)
+    run = go(teacher, student, images(), images(seed=1), "kd", epochs=2, out=tmp_path / "kd")
+    assert not torch.equal(net.module.fc.weight, before)
+    tensors, _ = run.load_predictor()
+    fresh = potstill.build("resnet8", 4, SHAPE)
+    fresh.load_state_dict(tensors)
+    x = torch.rand(4, *SHAPE)
+    torch.testing.assert_close(fresh.eval().logits(x), net.eval().logits(x))
+
+
+def test_what_predicts_shares_the_students_weights_and_keeps_its_taps() -> None:
+    teacher, student = (potstill.build("resnet8", 4, SHAPE) for _ in range(2))
+    run = go(teacher, student.module, images(), images(seed=1), "norm", epochs=1)
+    x = torch.rand(4, *SHAPE)
+    before = run.student.eval()(x)
+    with torch.no_grad():
+        student.module.fc.bias += 1
+    torch.testing.assert_close(run.student(x), before + 1)
+    with torch.no_grad():
+        for p in run.student.transform.parameters():
+            p.zero_()
+    assert not torch.equal(run.student(x), before + 1)
+
+
 def x_mean(pairs: list[tuple[Tensor, int]]) -> Tensor:
     return torch.stack([image for image, _ in pairs]).float().mean() / 255
 

@@ -153,8 +153,19 @@ def test_a_network_without_stages_is_refused_with_what_it_has():
     with pytest.raises(MethodError) as error:
         stage_pairs(method(teacher=bare))
     assert str(error.value) == (
-        "Paired compares the stages of networks, and the teacher has none; choose "
-        "teacher_taps=[...] among ['embed']"
+        "Paired compares feature maps (C, H, W), and the teacher has none among its taps "
+        "['embed']; name one with Net(..., taps=...), or use a method that reads the vector "
+        "'embed': rkd, crd"
+    )
+
+
+def test_stages_that_are_not_known_are_refused_with_the_maps_there_are():
+    some = Net(toy_net().module, {"end": "layer3"}, (3, 8, 8))
+    with pytest.raises(MethodError) as error:
+        stage_pairs(method(some))
+    assert str(error.value) == (
+        "Paired compares feature maps, and no stages of the student are known; choose "
+        "taps=[...] among ['end']"
     )
 
 
@@ -168,11 +179,8 @@ def test_the_last_map_is_the_one_that_is_pooled():
 
 def test_a_network_without_maps_has_no_last_one():
     bare = Net(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), {}, (3, 8, 8))
-    with pytest.raises(TapError) as error:
+    with pytest.raises(MethodError, match="and the student has none among its taps"):
         last_map(method(bare), "student", None, "tap")
-    assert str(error.value) == (
-        "the student: no feature 'last'; this network has ['embed']; choose tap=..."
-    )
 
 
 def test_a_vector_is_no_map():

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from potstill.method import Outputs
+from potstill import distributed
+from potstill.errors import MethodError
+from potstill.method import Method, Outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,3 +31,21 @@ def connector(channels: int, out_channels: int) -> nn.Sequential:
     conv = nn.Conv2d(channels, out_channels, 1, bias=False)
     nn.init.normal_(conv.weight, std=math.sqrt(2 / out_channels))
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
+
+
+def require_two_images(method: Method) -> None:
+    """Raise MethodError where a rank would be alone with one image, whose vector has no variance.
+
+    For methods that normalise vectors, or maps of one pixel, over the images of a batch.
+    """
+    data, ranks = method.data, distributed.world_size()
+    rest = 0 if data.drop_last else len(data.indices) % data.batch_size
+    for images, which, change in (
+        (data.batch_size, "a batch", "make data.batch_size larger"),
+        (rest, "the last batch of an epoch", "set data.drop_last=true or another data.batch_size"),
+    ):
+        if images == ranks:
+            raise MethodError(
+                f"{type(method).__name__} normalises over the images of a rank, but {which} gives "
+                f"each of {ranks} rank{'s' if ranks > 1 else ''} only one; {change}"
+            )

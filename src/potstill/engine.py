@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from potstill import distributed
 from potstill.errors import DataError, MethodError, did_you_mean
-from potstill.method import Batch, Method, Phase, Progress, Update, of_sum
+from potstill.method import Batch, Method, Phase, Progress, Turn, Update, of_sum
 from potstill.optim import OptimizerPlan
 from potstill.seeds import seed_of
 
@@ -182,7 +182,7 @@ def train_step(
     out: Any = None
     for t, turn in enumerate(phase.turns):
         torch.manual_seed(seed_of(seed, phase.name, progress.epoch, progress.step, t))
-        out = turn.forward(batch, progress, out)
+        out = _forward(turn, batch, progress, out)
         gradients = []
         for u, update in enumerate(turn.updates):
             terms = update.loss(out)
@@ -210,6 +210,18 @@ def train_step(
             with torch.no_grad():
                 turn.after_step(out)
     return all_terms
+
+
+def _forward(turn: Turn[Any], batch: Batch, progress: Progress, previous: Any) -> Any:
+    try:
+        return turn.forward(batch, progress, previous)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise MethodError(
+            "BatchNorm found one value a channel, which has no variance, in a batch of "
+            f"{len(batch.label)} image(s); set data.drop_last=true, or another data.batch_size"
+        ) from error
 
 
 def _step(

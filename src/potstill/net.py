@@ -271,7 +271,7 @@ class Net(_Wrapper):
             self.shapes, self.num_classes = self._dry_run()
         except BaseException:
             self.taps, self._targets = before
-            self._remove_hooks(new)
+            self._remove_hooks((_Recorder,), new)
             raise
 
     def insert(self, tap: str, change: nn.Module) -> None:
@@ -287,6 +287,10 @@ class Net(_Wrapper):
             raise TapError(f"'{tap}' is one call of several; nothing can be inserted there")
         self._hook(target, _Inserted(self._tape, tap, target.of_input, change))
 
+    def take_out(self) -> None:
+        """Undo every `insert`."""
+        self._remove_hooks((_Inserted,), None)
+
     def pools(self, tap: str) -> bool:
         """Whether "embed", what the classifier reads, is the mean over space of a tap's map.
 
@@ -297,15 +301,18 @@ class Net(_Wrapper):
         """
         if len(self.shape_of(tap)) != 3 or len(self.shape_of("embed")) != 1:
             return False
+        found = self.probe()
+        mean, embed = found[tap].mean((2, 3)), found["embed"]
+        return mean.shape == embed.shape and torch.allclose(mean, embed, rtol=1e-3, atol=1e-5)
+
+    def probe(self) -> Captured:
+        """What the network makes of two images of noise, in eval mode; changes nothing."""
         self._tape.values, self._tape.calls = {}, {}
         try:
-            self._try_out(training=False, noise=True)
-            found = {name: in_full(self._tape.values[name]) for name in (tap, "embed")}
+            logits = self._try_out(training=False, noise=True)
+            return Captured(logits, self._tape.values)
         finally:
             self._tape.values = None
-        mean = found[tap].mean((2, 3))
-        same = mean.shape == found["embed"].shape
-        return same and torch.allclose(mean, found["embed"], rtol=1e-3, atol=1e-5)
 
     def forward(self, image: Tensor) -> Captured:
         """Run once, in `precision`, and capture. (B, C, H, W) -> Captured"""
@@ -414,14 +421,16 @@ class Net(_Wrapper):
     def close(self) -> None:
         """Remove this Net's hooks, so that the module is again as it was given."""
         self._tape.values = None
-        self._remove_hooks(None)
+        self._remove_hooks((_Recorder, _Inserted), None)
 
-    def _remove_hooks(self, names: Iterable[str] | None) -> None:
-        """Those of some taps, or all."""
+    def _remove_hooks(
+        self, kinds: tuple[type[_Recorder | _Inserted], ...], names: Iterable[str] | None
+    ) -> None:
+        """Of this Net's hooks, those of some kinds, at some taps or all."""
         for module in self.module.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in list(hooks.items()):
-                    if not isinstance(hook, (_Recorder, _Inserted)) or hook.tape is not self._tape:
+                    if not isinstance(hook, kinds) or hook.tape is not self._tape:
                         continue
                     if names is None or hook.name in names:
                         del hooks[key]

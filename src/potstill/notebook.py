@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def distill(
     on = training.choose_device(recipe.device)
     found = training.load_data(recipe, on) if named else _own_data(recipe, train, test, on)
     kept = _modes([n for n in teachers if isinstance(n, nn.Module)])
-    needed: list[Net] = []
+    kept += _flags([n for n in students if isinstance(n, nn.Module)])
     learning: list[tuple[Net, Sequence[int] | None]] = []
     taught: list[tuple[Net, Sequence[int] | None]] = []
     try:
@@ -131,15 +132,13 @@ def distill(
         else:
             with display.watcher(Console(), quiet=quiet) as watcher:
                 training.carry_out(job, run, watcher)
-        predictors = job.method.predictors().values()
-        whole = all(isinstance(p, Predictor) for p in predictors)
-        needed = [] if whole else job.method.nets  # read by what predicts, through their taps
-        run.students = [p.module.module if isinstance(p, Predictor) else p for p in predictors]  # type: ignore[misc]
+        run.students = [_trained(p) for p in job.method.predictors().values()]
     finally:
         for thing, name, value in kept:
             setattr(thing, name, value)
         for net, _ in (*learning, *taught):
-            if not any(net is other for other in (*students, *teachers, *needed)):
+            net.take_out()
+            if not any(net is given for given in (*students, *teachers)):
                 net.close()
     return run
 
@@ -214,5 +213,20 @@ def _modes(modules: Sequence[nn.Module]) -> list[tuple[Any, str, bool]]:
     kept: list[tuple[Any, str, bool]] = []
     for module in modules:
         kept += [(m, "training", m.training) for m in module.modules()]
-        kept += [(p, "requires_grad", p.requires_grad) for p in module.parameters()]
-    return kept
+    return kept + _flags(modules)
+
+
+def _flags(modules: Sequence[nn.Module]) -> list[tuple[Any, str, bool]]:
+    """What freezing a part changes: of a student too, whose classifier SimKD leaves alone."""
+    return [(p, "requires_grad", p.requires_grad) for m in modules for p in m.parameters()]
+
+
+def _trained(predictor: nn.Module) -> nn.Module:
+    """The student's own module; of a predictor that is more, a copy that shares every tensor.
+
+    The copy keeps the taps that it reads by, which are then removed from the student.
+    """
+    if isinstance(predictor, Predictor):
+        return predictor.module.module  # type: ignore[return-value]
+    tensors = (*predictor.parameters(), *predictor.buffers())
+    return copy.deepcopy(predictor, {id(t): t for t in tensors})

@@ -53,8 +53,31 @@ def last_map(method: Method, role: Role, tap: str | None, argument: str) -> tupl
     """Name and (C, H, W) of the last feature map, the one that is pooled, or of the tap given."""
     if tap is None:
         net = _net(method, role)
-        tap = "last" if "last" in net.shapes else next(iter(net.stages("post")[::-1]), "last")
+        found = ("last",) if "last" in net.shapes else net.stages("post")
+        if not found:
+            raise nothing_to_compare(method, role, argument)
+        tap = found[-1]
     return tap, map_shape(method, role, tap, argument)
+
+
+def nothing_to_compare(
+    method: Method, role: Role, argument: str, given: bool = False
+) -> MethodError:
+    """What to raise where a network has no stages, or an empty list of taps was `given`."""
+    name, shapes = type(method).__name__, _net(method, role).shapes
+    if given:
+        return MethodError(f"{name} compares feature maps, and {argument} is empty")
+    maps = sorted(tap for tap, shape in shapes.items() if len(shape) == 3)
+    if maps:
+        return MethodError(
+            f"{name} compares feature maps, and no stages of the {role} are known; choose "
+            f"{_example(argument)} among {maps}"
+        )
+    return MethodError(
+        f"{name} compares feature maps (C, H, W), and the {role} has none among its taps "
+        f"{sorted(shapes)}; name one with Net(..., taps=...), or use a method that reads the "
+        "vector 'embed': rkd, crd"
+    )
 
 
 def stage_pairs(
@@ -92,12 +115,7 @@ def stage_pairs(
             )
     for role, names, argument in (("student", own, "taps"), ("teacher", theirs, "teacher_taps")):
         if not names:
-            raise MethodError(
-                f"{name} compares feature maps, and {argument} is empty"
-                if given
-                else f"{name} compares the stages of networks, and the {role} has none; choose "
-                f"{argument}=[...] among {sorted(_net(method, role).shapes)}"  # type: ignore[arg-type]
-            )
+            raise nothing_to_compare(method, role, argument, given)  # type: ignore[arg-type]
     shapes = [map_shape(method, "student", tap, "taps") for tap in own]
     teacher_shapes = [map_shape(method, "teacher", tap, "teacher_taps") for tap in theirs]
     if given or (by == "order" and len(own) == len(theirs)):

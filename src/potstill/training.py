@@ -18,7 +18,7 @@ from torch import nn
 
 from potstill import data as datasets
 from potstill import distributed, engine
-from potstill.errors import NetworkError, PotstillError
+from potstill.errors import MethodError, NetworkError, PotstillError
 from potstill.evaluate import Scores, evaluate
 from potstill.method import DataSpec, Method, Phase
 from potstill.methods import METHODS
@@ -390,6 +390,7 @@ def _train(job: Assembled, run: Run, watcher: Watcher, requested: Sequence[int])
             scores = _scores(job, job.held_out, training.phase) if due else {}
             seconds = time.monotonic() - began
             record = _record(job, moment, training.done_steps, scores, images, seconds)
+            _require_finite(record)
             began, images = time.monotonic(), 0
             watcher.epoch(record)
             if main:
@@ -504,6 +505,17 @@ def _record(
         "scores": {name: score._asdict() for name, score in scores.items()},
         "time": {"seconds": seconds, "images": images},
     }
+
+
+def _require_finite(record: Mapping[str, Any]) -> None:
+    """Stop a training that has diverged: no later step brings it back."""
+    wrong = [name for name, value in record["terms"].items() if not math.isfinite(value)]
+    if wrong:
+        raise MethodError(
+            f"epoch {record['epoch']} of phase {record['phase']}: the training has diverged, "
+            f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite; lower the "
+            "learning rate, or the weight of the largest term"
+        )
 
 
 def _result(

@@ -228,8 +228,8 @@ def test_a_network_without_stages_is_refused(role: str, argument: str):
     with pytest.raises(MethodError) as error:
         FitNet([nets["student"]], [nets["teacher"]], ToyImages().spec())
     assert str(error.value) == (
-        f"FitNet compares feature maps, and the {role} has no stages; choose {argument}=... among "
-        "['embed', 'end']"
+        f"FitNet compares feature maps, and no stages of the {role} are known; choose "
+        f"{argument}=... among ['end']"
     )
 
 

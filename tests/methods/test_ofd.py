@@ -322,7 +322,20 @@ def test_a_teacher_whose_normalisation_is_not_known_is_refused():
     assert str(error.value) == (
         "OFD takes its margins from the teacher: no BatchNorm is known right before the ReLU after "
         "'stage1' of this ResNet; known: ['stage1:pre', 'stage2:pre', 'stage3:pre']; say which "
-        "with Net(..., norms={tap: path}), or choose teacher_taps=[...]"
+        "with Net(..., norms={tap: path})"
+    )
+
+
+def test_a_teachers_map_after_its_relu_is_refused():
+    """Nothing there is negative: margins and the partial distance would mean nothing."""
+    module = toy_net(1, width=6).module
+    teacher = Net(module, {"stage1": "layer1"}, (3, 8, 8), norms={"stage1": "layer1.0.bn2"})
+    with pytest.raises(MethodError) as error:
+        OFD([toy_net(0)], [teacher], ToyImages().spec(), taps=["stage1"])
+    assert str(error.value) == (
+        "OFD compares maps before a ReLU, but 'stage1' of the teacher ('layer1') is never "
+        "negative; name the place before the ReLU with Net(..., taps={'stage1:pre': "
+        "'layer1.relu:in'}, norms={'stage1:pre': 'layer1.bn'})"
     )
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from potstill import distributed
 from potstill.connectors import Connected
 from potstill.errors import MethodError, TapError
 from potstill.method import Batch, DataSpec, Progress
@@ -382,20 +381,18 @@ def test_a_network_without_a_pooled_vector_is_refused(role: str, taps: dict[str,
     )
 
 
-def test_a_last_batch_of_one_image_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_last_batch_of_one_image_is_refused():
     """BatchNorm cannot normalise one value, which is all that one vector has in a channel."""
     data = ToyImages(33).spec()
-    with pytest.raises(MethodError) as error:
+    with pytest.raises(MethodError, match="the last batch of an epoch gives each of 1 rank only"):
         reviewkd(data)
-    assert str(error.value) == (
-        "ReviewKD normalises pooled vectors over the batch, and the last batch has 1 image(s) on "
-        "1 process(es); choose another data.batch_size, or data.drop_last=true"
-    )
     reviewkd(data._replace(drop_last=True))
-    with pytest.raises(MethodError, match="the last batch has 1 image"):
+    with pytest.raises(MethodError, match="a batch gives each of 1 rank only one; make"):
         reviewkd(data._replace(batch_size=1))
-    two = ToyImages(34).spec()
-    reviewkd(two)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(MethodError, match=r"the last batch has 2 image\(s\) on 2 process\(es\)"):
-        reviewkd(two)
+
+
+def test_a_warm_up_of_negative_length_is_refused():
+    """It would maximise the review term."""
+    with pytest.raises(MethodError) as error:
+        reviewkd(warmup_epochs=-1)
+    assert str(error.value) == "ReviewKD: warmup_epochs is -1; choose 0 or more"

@@ -195,6 +195,8 @@ def test_of_four_stages_the_last_three_of_equal_size_are_compared():
         ("stage2", "stage3"),
         ("stage3", "stage4"),
     ]
+    method = SAKD([build("resnet18", 4)], [teacher], spec)
+    assert [p.student for p in method.pairs] == ["stage2", "stage3", "stage4"]
     four = SAKD([build("resnet18", 4)], [teacher], spec, taps=[f"stage{i}" for i in (1, 2, 3, 4)])
     assert len(four.pairs) == 4
 
@@ -225,7 +227,7 @@ def test_maps_that_are_not_square_are_refused():
         SAKD([wide()], [wide()], ToyImages().spec())
     assert str(error.value) == (
         "SAKD compares the rows of square maps, but 'stage1' of the student is 4x8x6; use square "
-        "images (data.image_size)"
+        "images"
     )
 
 

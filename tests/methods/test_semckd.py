@@ -273,13 +273,19 @@ def test_taps_that_do_not_exist_or_are_no_maps_are_refused(side: str):
     )
 
 
-def test_a_network_without_stages_is_refused():
-    plain = Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), {}, (3, 8, 8))
+@pytest.mark.parametrize("side", ["taps", "teacher_taps"])
+def test_a_network_without_stages_is_refused(side: str):
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4))
+    role = "student" if side == "taps" else "teacher"
+    nets = [[Net(plain, {"map": "0"}, (3, 8, 8))], [toy_net(1)]]
     with pytest.raises(MethodError) as caught:
-        SemCKD([plain], [toy_net(1)], ToyImages().spec())
+        SemCKD(*(nets if role == "student" else nets[::-1]), ToyImages().spec())
     assert str(caught.value) == (
-        "SemCKD compares feature maps, and the student has no stages; choose taps=[...] among "
-        "['embed']"
+        f"SemCKD compares feature maps, and no stages of the {role} are known; choose {side}=[...] "
+        "among ['map']"
     )
-    with pytest.raises(MethodError, match="the teacher has no stages; choose teacher_taps="):
-        SemCKD([toy_net(1)], [plain], ToyImages().spec())
+    assert refusal(**{side: []}) == f"SemCKD compares feature maps, and {side} is empty"
+
+
+def test_a_temperature_of_the_weights_that_is_not_positive_is_refused():
+    assert refusal(soft=0.0) == "SemCKD: soft is 0; choose a number above 0, 1 as published"

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill import distributed
+from potstill.connectors import require_two_images
 from potstill.errors import MethodError, TapError
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.net import Net
-from potstill.pairing import Role, map_shape
+from potstill.pairing import Role, map_shape, nothing_to_compare
 
 MOST = 27
 """Blocks of a network that are read: those of resnet56, and every second of resnet110."""
@@ -62,7 +62,9 @@ class AFDAttention(Method):
         teacher_taps: Sequence[str] | None = None,
     ) -> None:
         super().__init__(students, teachers, data)
-        require_two_images(data, distributed.world_size())
+        require_two_images(self)
+        if q < 1:
+            raise MethodError(f"AFDAttention: q is {q}; choose 1 or more, 128 as published")
         self.taps = block_taps(self, "student", taps, "taps")
         self.teacher_taps = block_taps(self, "teacher", teacher_taps, "teacher_taps")
         if alpha:
@@ -169,27 +171,10 @@ def block_taps(
     blocks = list(ends)[(len(ends) - 1) % every :: every]
     chosen = tuple((blocks or net.stages("post")) if taps is None else taps)
     if not chosen:
-        raise MethodError(
-            f"AFDAttention compares feature maps, and the {role} has neither blocks nor stages; "
-            f"choose {argument}=[...] among {sorted(net.shapes)}"
-        )
+        raise nothing_to_compare(method, role, argument, given=taps is not None)
     known = () if taps is None else net.taps  # a tap of that name may be someone's own
     try:
         net.add_taps({tap: ends[tap] for tap in chosen if tap in ends and tap not in known})
     except TapError as error:
         raise TapError(f"the {role}: {error}; or choose {argument}=[...]") from None
     return chosen
-
-
-def require_two_images(data: DataSpec, ranks: int) -> None:
-    """Raise MethodError where a rank would be alone with one image, which has no variance."""
-    rest = 0 if data.drop_last else len(data.indices) % data.batch_size
-    for images, which, change in (
-        (data.batch_size, "a batch", "make data.batch_size larger"),
-        (rest, "the last batch of an epoch", "set data.drop_last=true or another data.batch_size"),
-    ):
-        if images == ranks:
-            raise MethodError(
-                f"AFDAttention normalises over the images of a rank, but {which} gives each of "
-                f"{ranks} rank{'s' if ranks > 1 else ''} only one; {change}"
-            )

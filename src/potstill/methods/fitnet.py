@@ -14,7 +14,7 @@ from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.net import Net
-from potstill.pairing import Role, Shape, map_shape
+from potstill.pairing import Role, Shape, map_shape, nothing_to_compare
 
 
 class FitNet(Method):
@@ -68,10 +68,7 @@ class FitNet(Method):
         stages = net.stages()
         if not stages:
             argument = "tap" if role == "student" else "teacher_tap"
-            raise MethodError(
-                f"FitNet compares feature maps, and the {role} has no stages; choose "
-                f"{argument}=... among {sorted(net.shapes)}"
-            )
+            raise nothing_to_compare(self, role, argument)
         return "stage2" if "stage2" in stages else stages[len(stages) // 2]
 
     @property

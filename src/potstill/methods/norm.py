@@ -19,7 +19,7 @@ from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.models.architecture import he_fan_out_
 from potstill.net import Captured, Net, in_full
-from potstill.pairing import Shape, map_shape
+from potstill.pairing import Role, Shape, last_map, map_shape
 
 RAMP = ((10, 0.1), (20, 0.5), (180, 1.0), (210, 0.5), (math.inf, 0.1))
 """Until which of 240 epochs, counted from 0, the matching term has which weight."""
@@ -67,11 +67,11 @@ class NORM(Method):
             raise MethodError(f"NORM: segments is {segments}; choose 1 or more, 8 as published")
         if alpha:
             require_same_classes(self)
-        self.tap = last_stage(self.student) if tap is None else tap
+        self.tap = last_stage(self, "student", "tap") if tap is None else tap
         width, *size = shape = map_shape(self, "student", self.tap, "tap")
         teacher = self.teachers[0]
-        places = [last_stage(teacher), *teacher.stages()[::-1]]
-        places = places if teacher_tap is None else [teacher_tap]
+        places = [] if teacher_tap is None else [teacher_tap]
+        places = places or [last_stage(self, "teacher", "teacher_tap"), *teacher.stages()[::-1]]
         shapes = {place: map_shape(self, "teacher", place, "teacher_tap") for place in places}
         fitting = [place for place in places if whole_ratio(shapes[place], size)]
         self.teacher_tap = (fitting or places)[0]
@@ -232,11 +232,13 @@ def standardized(logits: Tensor) -> Tensor:
     return 2.5 * F.layer_norm(logits, logits.shape[1:], eps=1e-7)
 
 
-def last_stage(net: Net) -> str:
+def last_stage(method: Method, role: Role, argument: str) -> str:
     """The last stage's tap; or the map that is pooled, if that stage has no activation."""
-    stage = next(iter(net.stages()[::-1]), "last")
-    activated = {f"{stage}:pre", f"{stage}:post"} & net.shapes.keys()
-    return stage if activated or "last" not in net.shapes else "last"
+    net = method.student if role == "student" else method.teachers[0]
+    stage = next(iter(net.stages()[::-1]), None)
+    if stage is None or not {f"{stage}:pre", f"{stage}:post"} & net.shapes.keys():
+        stage, _ = last_map(method, role, None, argument)
+    return stage
 
 
 def whole_ratio(larger: Shape, size: Sequence[int]) -> tuple[int, int] | None:

@@ -54,8 +54,21 @@ class OFD(Method):
         self.margins = nn.ModuleList(
             MarginReLU(*_affine(self.teachers[0], pair)) for pair in self.pairs
         )
+        self._require_maps_before_relu()
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
         self.teacher_statistics = teacher_statistics
+
+    def _require_maps_before_relu(self) -> None:
+        teacher, found = self.teachers[0], self.teachers[0].probe()
+        for pair in self.pairs:
+            least, most = found[pair.teacher].aminmax()
+            if least >= 0 and most > 0:
+                raise MethodError(
+                    f"OFD compares maps before a ReLU, but '{pair.teacher}' of the teacher "
+                    f"('{teacher.taps[pair.teacher]}') is never negative; name the place before "
+                    "the ReLU with Net(..., taps={'stage1:pre': 'layer1.relu:in'}, "
+                    "norms={'stage1:pre': 'layer1.bn'})"
+                )
 
     @property
     def reads(self) -> frozenset[str]:
@@ -132,9 +145,7 @@ def _affine(teacher: Net, pair: Pair) -> tuple[Tensor, Tensor]:
     try:
         norm = teacher.norm(pair.teacher)
     except TapError as error:
-        raise TapError(
-            f"OFD takes its margins from the teacher: {error}, or choose teacher_taps=[...]"
-        ) from None
+        raise TapError(f"OFD takes its margins from the teacher: {error}") from None
     channels = pair.teacher_shape[0]
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     weight = torch.ones(channels) if weight is None else weight

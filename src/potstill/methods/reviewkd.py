@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill import distributed
-from potstill.connectors import Connected
+from potstill.connectors import Connected, require_two_images
 from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
@@ -55,7 +54,9 @@ class ReviewKD(Method):
             self._pooled("teacher", self.teachers[0]),
         )
         self.levels = [*pairs, Pair("embed", "embed", own, other)]
-        self._require_several_images()
+        require_two_images(self)
+        if warmup_epochs < 0:
+            raise MethodError(f"ReviewKD: warmup_epochs is {warmup_epochs}; choose 0 or more")
         if alpha:
             require_same_classes(self)
         self.fusions = nn.ModuleList(
@@ -73,16 +74,6 @@ class ReviewKD(Method):
                 "'embed'; name what its classifier reads with Net(..., taps={'embed': place})"
             )
         return (shape[0], 1, 1)
-
-    def _require_several_images(self) -> None:
-        data, world = self.data, distributed.world_size()
-        rest = 0 if data.drop_last else len(data.indices) % data.batch_size
-        if (rest or data.batch_size) // world < 2:
-            raise MethodError(
-                "ReviewKD normalises pooled vectors over the batch, and the last batch has "
-                f"{rest or data.batch_size} image(s) on {world} process(es); choose another "
-                "data.batch_size, or data.drop_last=true"
-            )
 
     @property
     def reads(self) -> frozenset[str]:

@@ -60,7 +60,7 @@ class SAKD(Method):
                 if h != w:
                     raise MethodError(
                         f"SAKD compares the rows of square maps, but '{tap}' of the {role} is "
-                        f"{c}x{h}x{w}; use square images (data.image_size)"
+                        f"{c}x{h}x{w}; use square images"
                     )
             if not connectors and pair.shape[0] != pair.teacher_shape[0]:
                 raise MethodError(

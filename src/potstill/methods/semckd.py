@@ -16,7 +16,7 @@ from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.net import Net
-from potstill.pairing import Shape, map_shape
+from potstill.pairing import Shape, map_shape, nothing_to_compare
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class SemCKD(Method):
     The MLPs are as wide as the batch, so batches must be whole, and the order of images matters. On
     several ranks that is the global batch, where the public code has each rank's own. Stages of a
     WRN are read before BatchNorm, as in RepDistiller; the authors' have ResNet form. beta is 50 on
-    ImageNet.
+    ImageNet; distances grow with the teacher's maps, and training diverges where these are large.
     """
 
     def __init__(
@@ -63,20 +63,17 @@ class SemCKD(Method):
         self.teacher_taps = tuple(
             self.teachers[0].stages() if teacher_taps is None else teacher_taps
         )
-        for role, names, argument, net in (
-            ("student", self.taps, "taps", self.student),
-            ("teacher", self.teacher_taps, "teacher_taps", self.teachers[0]),
-        ):
-            if not names:
-                raise MethodError(
-                    f"SemCKD compares feature maps, and the {role} has no stages; choose "
-                    f"{argument}=[...] among {sorted(net.shapes)}"
-                )
+        if not self.taps:
+            raise nothing_to_compare(self, "student", "taps", taps is not None)
+        if not self.teacher_taps:
+            raise nothing_to_compare(self, "teacher", "teacher_taps", teacher_taps is not None)
         shapes = [map_shape(self, "student", tap, "taps") for tap in self.taps]
         teacher_shapes = [
             map_shape(self, "teacher", tap, "teacher_taps") for tap in self.teacher_taps
         ]
         require_whole_batches(data)
+        if soft <= 0:
+            raise MethodError(f"SemCKD: soft is {soft:g}; choose a number above 0, 1 as published")
         if alpha:
             require_same_classes(self)
         self.queries = nn.ModuleList(embedding(data.batch_size) for _ in shapes)

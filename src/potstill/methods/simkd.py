@@ -85,8 +85,8 @@ class SimKD(Method):
         return {"simkd": self.beta * F.mse_loss(own, other)}
 
     def predictors(self) -> Mapping[str, nn.Module]:
-        """The student's layers but its classifier, P, the teacher's classifier, sharing weights."""
-        student, head = self.student, self.teachers[0].classifier
+        """The student's layers but its classifier, and P, sharing weights; a copy of the head."""
+        student, head = self.student, copy.deepcopy(self.teachers[0].classifier)
         memo: dict[int, object] = {id(t): t for t in (*student.parameters(), *student.buffers())}
         memo[id(student.classifier)] = nn.Identity()
         backbone = copy.deepcopy(student, memo)  # shares every tensor; is not compiled

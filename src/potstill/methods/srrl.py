@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.connectors import Connected, connector
+from potstill.connectors import Connected, connector, require_two_images
 from potstill.errors import MethodError, NetworkError
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
@@ -60,6 +60,8 @@ class SRRL(Method):
                 f"SRRL needs a teacher whose 'embed' is the vector that its classifier reads, "
                 f"({width},), but it is {read}; name no other tap embed, or choose another teacher"
             )
+        if len(shape) == 1:
+            require_two_images(self)
         if alpha:
             require_same_classes(self)
         self.tap = tap

@@ -12,7 +12,8 @@ ramps and milestones are shortened with it. Every method has a process of its ow
     python benchmarks/method_cost.py --teacher resnet56_cifar100.pth [--precision bf16] \
         [--methods kd sakd ...] [--steps 20] [--out FILE]
 
-Needs POTSTILL_DATA. Exits with 1 where a method is not sound. --out writes the result file.
+Needs POTSTILL_DATA. Exits with 1 where a method is not sound. --out writes the result file; rows of
+other methods that are in it already stay.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ SETTINGS = {"crd": ["method.negatives=4096"]}
 """A slice of 5,000 images has 4,950 of other classes, not 16,384."""
 
 
-def job(method: str, teacher: str, precision: str) -> training.Assembled:
+def job(
+    method: str, teacher: str, precision: str, batch_size: int | None = None
+) -> training.Assembled:
     """A method's published recipe on the slice."""
     pair = "resnet20" if method == "vanilla" else "resnet56-resnet20"
     name = f"cifar100/{method.replace('_', '-')}-{pair}"
     changes = ["data.subset=5000", "epochs=1", f"precision={precision}", *SETTINGS.get(method, [])]
+    if batch_size is not None:
+        changes.append(f"data.batch_size={batch_size}")
     if METHODS[method].teachers_needed[0]:
         changes.append(f"teachers.0.weights={teacher}")
     return training.assemble(load(name, changes))
@@ -76,7 +81,8 @@ def measure(method: str, teacher: str, precision: str, steps: int) -> dict[str, 
     finite = all(torch.tensor(list(step.values())).isfinite().all() for step in terms)
     falling = sum(ends[1].values()) < sum(ends[0].values())
     falling = falling and ends[1].get("ce", 0.0) <= ends[0].get("ce", 0.0)
-    own, plain = job(method, teacher, precision), job("vanilla", teacher, precision)
+    own, batch = job(method, teacher, precision), whole.method.data.batch_size
+    plain = job("vanilla", teacher, precision, batch)
     runs = {"method": own.training.run(), "vanilla": plain.training.run()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(steps + 3):
@@ -85,7 +91,6 @@ def measure(method: str, teacher: str, precision: str, steps: int) -> dict[str, 
             if i >= 3:
                 seconds[name].append(took)
     ratios = [b / a for a, b in zip(seconds["method"], seconds["vanilla"], strict=True)]
-    batch = own.method.data.batch_size
     return {
         "images_per_second": batch / statistics.median(seconds["method"]),
         "vanilla_images_per_second": batch / statistics.median(seconds["vanilla"]),
@@ -140,6 +145,8 @@ if __name__ == "__main__":
     (environment, *_) = [row.pop("environment") for row in rows.values()]
     environment.pop("command")  # names this machine's folders
     if options.out is not None:
-        result = {"n": options.steps, "environment": environment, "methods": rows}
+        there = json.loads(options.out.read_text())["methods"] if options.out.exists() else {}
+        every = {name: {**there, **rows}[name] for name in METHODS if name in {**there, **rows}}
+        result = {"n": options.steps, "environment": environment, "methods": every}
         options.out.write_text(json.dumps(result, indent=2) + "\n")
     sys.exit(any(not (row["finite"] and row["falling"]) for row in rows.values()))

@@ -128,6 +128,21 @@ def test_a_parameter_that_the_loss_does_not_reach_still_decays():
     close(w.item(), 1 - 0.1 * 3.5)
 
 
+def test_networks_of_one_architecture_with_other_taps_compile_apart():
+    """What was compiled for the first must not serve the others, which capture or compute more."""
+    images = next(ToyImages().clean(16)).image
+    nets = [toy_net(0), toy_net(0), toy_net(0)]
+    nets[1].add_taps({"block1": "layer1.0"})
+    nets[2].insert("stage3", nn.Hardtanh(0.0, 0.01))
+    expected = [net(images) for net in nets]
+    for net, eager in zip(nets, expected, strict=True):
+        engine.compile_networks(METHODS["vanilla"]([net], [], ToyImages().spec(0)))
+        compiled = net(images)
+        assert compiled.features.keys() == eager.features.keys()
+        close(compiled.logits, eager.logits, atol=1e-5, rtol=1e-5)
+    assert (expected[2].logits - expected[0].logits).abs().max() > 1e-3
+
+
 def test_an_update_without_a_term_is_refused():
     """Where every weight of a loss is 0."""
     w = scalar(1.0)

@@ -153,7 +153,8 @@ def _few(names: Sequence[str]) -> str:
 
 def compile_networks(method: Method) -> None:
     """Compile every network of a method, in place. Raises MethodError where that cannot work."""
-    import torch._functorch.config as functorch_config  # loads the compiler: seconds
+    import torch._dynamo.config as dynamo_config  # loads the compiler: seconds
+    import torch._functorch.config as functorch_config
 
     if method.needs_input_gradient:
         raise MethodError(
@@ -162,6 +163,8 @@ def compile_networks(method: Method) -> None:
         )
     # a turn may differentiate one forward several times; donated buffers are freed by the first
     functorch_config.donated_buffer = False
+    # or what was compiled for one network's taps would serve another network of that architecture
+    dynamo_config.skip_nnmodule_hook_guards = False
     for net in [*method.students, *method.teachers]:
         net.compile()
 

@@ -155,7 +155,7 @@ def methods(files: Sequence[Path]) -> list[str]:
         "Each method's published recipe. Images/s are medians of steps taken in turns with plain\n"
         "training (`vanilla`) in one process; the ratio is of those pairs, with quartiles. Peak\n"
         "memory is the whole process's (of the GPU, on a GPU), the data set included. All terms\n"
-        "were finite, and the loss fell. `crd` has 4,096 negatives here: the slice is too small for\n"
+        "were finite, and the loss fell. `crd` has 4,096 negatives: the slice is too small for\n"
         "16,384. How far `vanilla` is from 1 beside itself says how noisy the machine was.\n",
     ]
     head = ["method", "images/s", "of vanilla's", "quartiles", "peak MiB", "beside vanilla's"]

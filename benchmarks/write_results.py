@@ -159,6 +159,8 @@ def methods(files: Sequence[Path]) -> list[str]:
         "16,384. How far `vanilla` is from 1 beside itself says how noisy the machine was.\n",
     ]
     head = ["method", "images/s", "of vanilla's", "quartiles", "peak MiB", "beside vanilla's"]
+    line = "python benchmarks/method_cost.py --teacher ... --precision {} --steps {} --out {}"
+    lines = []
     for path in files:
         found = json.loads(path.read_text())
         plain = found["methods"]["vanilla"]["peak_bytes"]
@@ -179,10 +181,6 @@ def methods(files: Sequence[Path]) -> list[str]:
             table(head, rows) + "\n",
             f"n {found['n']}. On: {hardware(found['environment'])}.\n",
         ]
-    line = "python benchmarks/method_cost.py --teacher ... --precision {} --steps {} --out {}"
-    lines = []
-    for path in files:
-        found = json.loads(path.read_text())
         precision = {"bfloat16": "bf16", "float32": "fp32"}[found["environment"]["precision"]]
         lines.append(line.format(precision, found["n"], path.as_posix()))
     parts.append("```bash\n" + "\n".join(lines) + "\n```\n")

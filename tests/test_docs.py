@@ -122,7 +122,9 @@ def test_the_method_of_contributing_trains(monkeypatch: pytest.MonkeyPatch) -> N
     assert "hint" in [e["name"] for e in entries("methods")]
 
 
-@pytest.mark.parametrize("name", ["net", "recipe", "notebook", "discover", "anatomy", "listing"])
+@pytest.mark.parametrize(
+    "name", ["net", "recipe", "notebook", "discover", "anatomy", "listing", "errors"]
+)
 def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(f"potstill.{name}")
     failed, attempted = doctest.testmod(module)

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from potstill.errors import NetworkError, first_line
-from potstill.listing import by, columns
+from potstill.errors import NetworkError, by, first_line
+from potstill.listing import columns
 from potstill.models import MODELS, build
 from potstill.models.architecture import Kind
 from potstill.net import _parse

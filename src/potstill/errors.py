@@ -66,6 +66,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def by(shape: Sequence[int | None]) -> str:
+    """A size as it is written.
+
+    >>> by((3, 32, 32))
+    '3x32x32'
+    """
+    return "x".join("?" if n is None else str(n) for n in shape)
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """A hint with the nearest allowed name, or an empty string: '; did you mean "kd"?'."""
     near = difflib.get_close_matches(given, list(allowed), n=5, cutoff=0.6)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from potstill.errors import by
+
 if TYPE_CHECKING:
     from potstill.anatomy import Anatomy
 
@@ -62,15 +64,6 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
         for pairs in (zip(row, widths, strict=True) for row in rows)
     ]
     return ["  ".join(row).rstrip() for row in aligned]
-
-
-def by(shape: Sequence[int | None]) -> str:
-    """A size as it is written.
-
-    >>> by((3, 32, 32))
-    '3x32x32'
-    """
-    return "x".join("?" if n is None else str(n) for n in shape)
 
 
 def _methods() -> list[dict[str, Any]]:

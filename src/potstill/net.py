@@ -7,18 +7,21 @@ shape and refuses taps that would silently be wrong.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from potstill.errors import NetworkError, PotstillError, TapError, did_you_mean, first_line
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -572,6 +575,16 @@ class Net(_Wrapper):
                     f"{where} is overwritten in place by a later module; build that module with "
                     "inplace=False"
                 )
+
+
+def shared_copy(module: M, instead: Mapping[nn.Module, nn.Module] | None = None) -> M:
+    """A copy with hooks of its own that shares every tensor, and is not compiled.
+
+    `instead` says which parts the copy has others for.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo |= {id(part): other for part, other in (instead or {}).items()}
+    return copy.deepcopy(module, memo)
 
 
 def _per_channel(values: Sequence[float] | None) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from potstill import data as datasets
 from potstill import display, models, training
 from potstill.errors import PotstillError
-from potstill.net import Net, Predictor
+from potstill.net import Net, Predictor, shared_copy
 from potstill.recipe import Recipe, loads, resolve
 from potstill.run import Run
 from potstill.seeds import seed_of
@@ -228,5 +227,4 @@ def _trained(predictor: nn.Module) -> nn.Module:
     """
     if isinstance(predictor, Predictor):
         return predictor.module.module  # type: ignore[return-value]
-    tensors = (*predictor.parameters(), *predictor.buffers())
-    return copy.deepcopy(predictor, {id(t): t for t in tensors})
+    return shared_copy(predictor)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from potstill.errors import MethodError, TapError
+from potstill.errors import MethodError, TapError, by
 from potstill.method import Method
 from potstill.net import Net
 
@@ -27,13 +27,18 @@ class Pair(NamedTuple):
     teacher_shape: Shape
 
 
+def network(method: Method, role: Role) -> Net:
+    """The student, or the teacher, of a method that has one of each."""
+    return method.student if role == "student" else method.teachers[0]
+
+
 def feature_shape(method: Method, role: Role, tap: str, argument: str) -> torch.Size:
     """Shape of a feature without the batch axis.
 
     Raises TapError, with the taps that exist, naming the role and the argument that chooses it.
     """
     try:
-        return _net(method, role).shape_of(tap)
+        return network(method, role).shape_of(tap)
     except TapError as error:
         raise TapError(f"the {role}: {error}; choose {_example(argument)}") from None
 
@@ -52,7 +57,7 @@ def map_shape(method: Method, role: Role, tap: str, argument: str) -> Shape:
 def last_map(method: Method, role: Role, tap: str | None, argument: str) -> tuple[str, Shape]:
     """Name and (C, H, W) of the last feature map, the one that is pooled, or of the tap given."""
     if tap is None:
-        net = _net(method, role)
+        net = network(method, role)
         found = ("last",) if "last" in net.shapes else net.stages("post")
         if not found:
             raise nothing_to_compare(method, role, argument)
@@ -64,7 +69,7 @@ def nothing_to_compare(
     method: Method, role: Role, argument: str, given: bool = False
 ) -> MethodError:
     """What to raise where a network has no stages, or an empty list of taps was `given`."""
-    name, shapes = type(method).__name__, _net(method, role).shapes
+    name, shapes = type(method).__name__, network(method, role).shapes
     if given:
         return MethodError(f"{name} compares feature maps, and {argument} is empty")
     maps = sorted(tap for tap, shape in shapes.items() if len(shape) == 3)
@@ -143,13 +148,9 @@ def _equal_sizes(own: Sequence[Shape], theirs: Sequence[Shape]) -> list[tuple[in
     return pairs
 
 
-def _net(method: Method, role: Role) -> Net:
-    return method.student if role == "student" else method.teachers[0]
-
-
 def _example(argument: str) -> str:
     return f"{argument}=[...]" if argument.endswith("taps") else f"{argument}=..."
 
 
 def _listed(names: Sequence[str], shapes: Sequence[Shape]) -> str:
-    return ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in zip(names, shapes, strict=True))
+    return ", ".join(f"{n} {by(s)}" for n, s in zip(names, shapes, strict=True))

@@ -386,11 +386,11 @@ def _train(job: Assembled, run: Run, watcher: Watcher, requested: Sequence[int])
         images += moment.images
         watcher.step(training.done_steps, training.total_steps, moment)
         if moment.epoch_done:
+            _require_finite(moment)
             due = moment.epoch % job.evaluate_every == 0 or moment.step == moment.steps
             scores = _scores(job, job.held_out, training.phase) if due else {}
             seconds = time.monotonic() - began
             record = _record(job, moment, training.done_steps, scores, images, seconds)
-            _require_finite(record)
             began, images = time.monotonic(), 0
             watcher.epoch(record)
             if main:
@@ -507,12 +507,12 @@ def _record(
     }
 
 
-def _require_finite(record: Mapping[str, Any]) -> None:
+def _require_finite(moment: engine.Moment) -> None:
     """Stop a training that has diverged: no later step brings it back."""
-    wrong = [name for name, value in record["terms"].items() if not math.isfinite(value)]
+    wrong = [name for name, term in moment.terms.items() if not math.isfinite(term)]
     if wrong:
         raise MethodError(
-            f"epoch {record['epoch']} of phase {record['phase']}: the training has diverged, "
+            f"epoch {moment.epoch} of phase {moment.phase}: the training has diverged, "
             f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not finite; lower the "
             "learning rate, or the weight of the largest term"
         )

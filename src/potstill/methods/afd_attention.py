@@ -21,7 +21,7 @@ from potstill.errors import MethodError, TapError
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.net import Net
-from potstill.pairing import Role, map_shape, nothing_to_compare
+from potstill.pairing import Role, map_shape, network, nothing_to_compare
 
 MOST = 27
 """Blocks of a network that are read: those of resnet56, and every second of resnet110."""
@@ -165,7 +165,7 @@ def block_taps(
     method: Method, role: Role, taps: Sequence[str] | None, argument: str
 ) -> tuple[str, ...]:
     """Names of the taps given, or else of the blocks' ends, which become taps of the network."""
-    net = method.student if role == "student" else method.teachers[0]
+    net = network(method, role)
     ends = {f"block{k}": place for k, place in enumerate(net.block_ends, start=1)}
     every = max(1, math.ceil(len(ends) / MOST))
     blocks = list(ends)[(len(ends) - 1) % every :: every]

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from potstill.connectors import Connected
-from potstill.errors import MethodError
+from potstill.errors import MethodError, by
 from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.net import Net
-from potstill.pairing import Role, Shape, map_shape, nothing_to_compare
+from potstill.pairing import Role, Shape, map_shape, network, nothing_to_compare
 
 
 class FitNet(Method):
@@ -43,16 +43,16 @@ class FitNet(Method):
         teacher_tap: str | None = None,
     ) -> None:
         super().__init__(students, teachers, data)
-        self.tap = tap or self._middle_stage("student", self.student)
-        self.teacher_tap = teacher_tap or tap or self._middle_stage("teacher", self.teachers[0])
+        self.tap = tap or self._middle_stage("student")
+        self.teacher_tap = teacher_tap or tap or self._middle_stage("teacher")
         own = map_shape(self, "student", self.tap, "tap")
         other = map_shape(self, "teacher", self.teacher_tap, "teacher_tap")
         (_, h, w), (_, g, v) = own, other
         if (h - g) * (w - v) < 0:
             raise MethodError(
                 f"FitNet regresses a map from one that is larger or smaller, but '{self.tap}' of "
-                f"the student is {'x'.join(map(str, own))} and '{self.teacher_tap}' of the teacher "
-                f"{'x'.join(map(str, other))}; choose others with tap=... and teacher_tap=..."
+                f"the student is {by(own)} and '{self.teacher_tap}' of the teacher "
+                f"{by(other)}; choose others with tap=... and teacher_tap=..."
             )
         if alpha:
             require_same_classes(self)
@@ -64,8 +64,8 @@ class FitNet(Method):
         self.regressor = nn.Sequential(parts)
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
 
-    def _middle_stage(self, role: Role, net: Net) -> str:
-        stages = net.stages()
+    def _middle_stage(self, role: Role) -> str:
+        stages = network(self, role).stages()
         if not stages:
             argument = "tap" if role == "student" else "teacher_tap"
             raise nothing_to_compare(self, role, argument)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.connectors import Connected
-from potstill.errors import MethodError, TapError
+from potstill.errors import MethodError, TapError, by
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.models.architecture import he_fan_out_
 from potstill.net import Captured, Net, in_full
-from potstill.pairing import Role, Shape, last_map, map_shape
+from potstill.pairing import Role, Shape, last_map, map_shape, network
 
 RAMP = ((10, 0.1), (20, 0.5), (180, 1.0), (210, 0.5), (math.inf, 0.1))
 """Until which of 240 epochs, counted from 0, the matching term has which weight."""
@@ -77,8 +77,8 @@ class NORM(Method):
         self.teacher_tap = (fitting or places)[0]
         other = shapes[self.teacher_tap]
         maps = (
-            f"'{self.tap}' of the student is {'x'.join(map(str, shape))} and '{self.teacher_tap}' "
-            f"of the teacher {'x'.join(map(str, other))}"
+            f"'{self.tap}' of the student is {by(shape)} and '{self.teacher_tap}' "
+            f"of the teacher {by(other)}"
         )
         ratio = whole_ratio(other, size)
         if ratio is None:
@@ -234,7 +234,7 @@ def standardized(logits: Tensor) -> Tensor:
 
 def last_stage(method: Method, role: Role, argument: str) -> str:
     """The last stage's tap; or the map that is pooled, if that stage has no activation."""
-    net = method.student if role == "student" else method.teachers[0]
+    net = network(method, role)
     stage = next(iter(net.stages()[::-1]), None)
     if stage is None or not {f"{stage}:pre", f"{stage}:post"} & net.shapes.keys():
         stage, _ = last_map(method, role, None, argument)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.connectors import Connected, connector
-from potstill.errors import MethodError, TapError
+from potstill.errors import MethodError, TapError, by
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.net import Net
@@ -154,7 +154,7 @@ def _affine(teacher: Net, pair: Pair) -> tuple[Tensor, Tensor]:
         raise MethodError(
             f"OFD takes a margin for each channel from '{teacher.norms[pair.teacher]}', which has "
             f"{len(weight)}, but '{pair.teacher}' of the teacher is "
-            f"{'x'.join(map(str, pair.teacher_shape))}; say which is right before the ReLU with "
+            f"{by(pair.teacher_shape)}; say which is right before the ReLU with "
             "Net(..., norms={tap: path})"
         )
     return weight, bias

@@ -15,7 +15,7 @@ from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
 from potstill.net import Net
-from potstill.pairing import Pair, Role, Shape, stage_pairs
+from potstill.pairing import Pair, Role, Shape, network, stage_pairs
 
 
 class ReviewKD(Method):
@@ -49,10 +49,7 @@ class ReviewKD(Method):
     ) -> None:
         super().__init__(students, teachers, data)
         pairs = stage_pairs(self, taps, teacher_taps, teacher_form="pre")
-        own, other = (
-            self._pooled("student", self.student),
-            self._pooled("teacher", self.teachers[0]),
-        )
+        own, other = self._pooled("student"), self._pooled("teacher")
         self.levels = [*pairs, Pair("embed", "embed", own, other)]
         require_two_images(self)
         if warmup_epochs < 0:
@@ -66,8 +63,8 @@ class ReviewKD(Method):
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
         self.warmup_epochs, self.teacher_statistics = warmup_epochs, teacher_statistics
 
-    def _pooled(self, role: Role, net: Net) -> Shape:
-        shape = net.shapes.get("embed")
+    def _pooled(self, role: Role) -> Shape:
+        shape = network(self, role).shapes.get("embed")
         if shape is None or len(shape) != 1:
             raise MethodError(
                 f"ReviewKD compares pooled vectors beside the maps, and the {role} has no vector "

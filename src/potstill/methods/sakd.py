@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.connectors import Connected, connector
-from potstill.errors import MethodError
+from potstill.errors import MethodError, by
 from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision
@@ -65,8 +65,8 @@ class SAKD(Method):
             if not connectors and pair.shape[0] != pair.teacher_shape[0]:
                 raise MethodError(
                     f"SAKD without connectors needs equal widths, but '{pair.student}' of the "
-                    f"student is {'x'.join(map(str, pair.shape))} and '{pair.teacher}' of the "
-                    f"teacher {'x'.join(map(str, pair.teacher_shape))}; leave connectors on"
+                    f"student is {by(pair.shape)} and '{pair.teacher}' of the "
+                    f"teacher {by(pair.teacher_shape)}; leave connectors on"
                 )
         if alpha:
             require_same_classes(self)

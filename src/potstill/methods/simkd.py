@@ -17,7 +17,7 @@ from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes
 from potstill.methods.srrl import classifier
-from potstill.net import Net
+from potstill.net import Net, shared_copy
 from potstill.pairing import last_map
 
 
@@ -87,9 +87,7 @@ class SimKD(Method):
     def predictors(self) -> Mapping[str, nn.Module]:
         """The student's layers but its classifier, and P, sharing weights; a copy of the head."""
         student, head = self.student, copy.deepcopy(self.teachers[0].classifier)
-        memo: dict[int, object] = {id(t): t for t in (*student.parameters(), *student.buffers())}
-        memo[id(student.classifier)] = nn.Identity()
-        backbone = copy.deepcopy(student, memo)  # shares every tensor; is not compiled
+        backbone = shared_copy(student, {student.classifier: nn.Identity()})
         return {"student": ReusedClassifier(backbone, self.tap, self.projector, head)}
 
 

@@ -48,8 +48,7 @@ def shared_gradients() -> dict[str, list[float]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     trained_teacher("group")  # alone: every world size has the same teacher
-    distributed.start()
     folder = Path(sys.argv[1])
-    work(folder)
-    (folder / f"shared.{distributed.rank()}.json").write_text(json.dumps(shared_gradients()))
-    distributed.stop()
+    with distributed.together():
+        work(folder)
+        (folder / f"shared.{distributed.rank()}.json").write_text(json.dumps(shared_gradients()))

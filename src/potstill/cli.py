@@ -102,24 +102,23 @@ def train(
         loaded = recipes.load(out / "recipe.yaml", allow_code=allow_code)
     else:
         loaded = recipes.load(recipe, overrides, allow_code=allow_code)
-    distributed.start()
-    console = Console(quiet=distributed.rank() > 0)
-    for note in loaded.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    runs = []
-    for seed in range(loaded.seed, loaded.seed + seeds):
-        one = loaded.model_copy(update={"seed": seed})
-        if out is None:
-            place = _default_directory(recipe or "", one)
-        else:
-            place = out / f"seed{seed}" if seeds > 1 else out
-        with display.watcher(console, quiet=distributed.rank() > 0) as watcher:
-            run = training.train(one, place, watcher, resume)
-        _print_result(run, place, console)
-        runs.append(run)
-    if seeds > 1:
-        console.print(report.table(report.rows({str(recipe): runs})))
-    distributed.stop()
+    with distributed.together():
+        console = Console(quiet=distributed.rank() > 0)
+        for note in loaded.notes:
+            console.print(f"note: {note}", markup=False, highlight=False)
+        runs = []
+        for seed in range(loaded.seed, loaded.seed + seeds):
+            one = loaded.model_copy(update={"seed": seed})
+            if out is None:
+                place = _default_directory(recipe or "", one)
+            else:
+                place = out / f"seed{seed}" if seeds > 1 else out
+            with display.watcher(console, quiet=distributed.rank() > 0) as watcher:
+                run = training.train(one, place, watcher, resume)
+            _print_result(run, place, console)
+            runs.append(run)
+        if seeds > 1:
+            console.print(report.table(report.rows({str(recipe): runs})))
 
 
 def _default_directory(recipe: str, resolved: Recipe) -> Path:

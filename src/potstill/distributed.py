@@ -9,7 +9,8 @@ statistics are each rank's own (their running averages are averaged after every 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +21,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from potstill.errors import PotstillError
 
 
-def start() -> None:
-    """Join the process group that `torchrun` announces; nothing to do in a single process."""
+@contextmanager
+def together() -> Iterator[None]:
+    """Within, this process is one of the group that `torchrun` announces; alone without one.
+
+    A rank that fails leaves at once, the others after all have come this far.
+    """
+    _join()
+    try:
+        yield
+        barrier()  # a rank that tears down early breaks the others' last collective
+    finally:
+        if dist.is_initialized():  # at exit, threads of a group that still exists end the process
+            dist.destroy_process_group()
+
+
+def _join() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if not torch.cuda.is_available():
             dist.init_process_group("gloo")
@@ -34,13 +49,6 @@ def start() -> None:
             )
         torch.cuda.set_device(local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl")
-
-
-def stop() -> None:
-    """Leave the process group, after every rank has come this far."""
-    if world_size() > 1:
-        dist.barrier()  # a rank that tears down early breaks the others' last collective
-        dist.destroy_process_group()
 
 
 def world_size() -> int:

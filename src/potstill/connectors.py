@@ -1,4 +1,4 @@
-"""Layers that carry a student's feature map to the teacher's width."""
+"""Layers that carry a student's feature map to the teacher's width, and batches they can take."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from potstill import distributed
 from potstill.errors import MethodError
 from potstill.method import Method, Outputs
+from potstill.pairing import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,30 @@ def connector(channels: int, out_channels: int) -> nn.Sequential:
     conv = nn.Conv2d(channels, out_channels, 1, bias=False)
     nn.init.normal_(conv.weight, std=math.sqrt(2 / out_channels))
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
+
+
+def connectors_between(pairs: Sequence[Pair]) -> nn.ModuleList:
+    """One a pair: a `connector` to the teacher's width, nothing where the widths are equal."""
+    return nn.ModuleList(
+        nn.Identity()
+        if pair.shape[0] == pair.teacher_shape[0]
+        else connector(pair.shape[0], pair.teacher_shape[0])
+        for pair in pairs
+    )
+
+
+def require_whole_batches(method: Method, what: str) -> None:
+    """Raise MethodError where the last batch of an epoch is kept and has fewer images.
+
+    `what` of the method is of the batch's size: "layers are as wide as".
+    """
+    data = method.data
+    rest = len(data.indices) % data.batch_size
+    if rest and not data.drop_last:
+        raise MethodError(
+            f"{type(method).__name__}'s {what} data.batch_size, {data.batch_size}, but the last "
+            f"batch of an epoch of {len(data.indices)} images has {rest}; set data.drop_last=true"
+        )
 
 
 def require_two_images(method: Method) -> None:

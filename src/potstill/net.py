@@ -308,11 +308,35 @@ class Net(_Wrapper):
         mean, embed = found[tap].mean((2, 3)), found["embed"]
         return mean.shape == embed.shape and torch.allclose(mean, embed, rtol=1e-3, atol=1e-5)
 
-    def probe(self) -> Captured:
+    def parameters_before(self, *taps: str) -> list[nn.Parameter]:
+        """Those that the values of some taps depend on, frozen ones left out.
+
+        >>> from potstill.models import build
+        >>> net = build("wrn_16_1", 10)
+        >>> names = {id(p): name for name, p in net.module.named_parameters()}
+        >>> [names[id(p)] for p in net.parameters_before("stage1:pre")][-1]
+        'layer2.0.bn1.bias'
+
+        Raises TapError for a tap that does not exist.
+        """
+        for tap in taps:
+            self.shape_of(tap)
+        found = self.probe(differentiable=True)
+        nodes = [found.features[tap].grad_fn for tap in taps]
+        seen: set[Any] = set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [before for before, _ in node.next_functions]
+        reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
+        return [p for p in self.parameters() if id(p) in reached]
+
+    def probe(self, differentiable: bool = False) -> Captured:
         """What the network makes of two images of noise, in eval mode; changes nothing."""
         self._tape.values, self._tape.calls = {}, {}
         try:
-            logits = self._try_out(training=False, noise=True)
+            logits = self._try_out(training=False, noise=True, differentiable=differentiable)
             return Captured(logits, self._tape.values)
         finally:
             self._tape.values = None
@@ -492,7 +516,7 @@ class Net(_Wrapper):
             captured, self._tape.values, self._tape.versions = self._tape.values, None, None
         return {name: x.shape[1:] for name, x in captured.items()}, logits.shape[1]
 
-    def _try_out(self, training: bool, noise: bool = False) -> Tensor:
+    def _try_out(self, training: bool, noise: bool = False, differentiable: bool = False) -> Tensor:
         """One forward of two images that leaves modes, buffers and random state as they were.
 
         Of black images, or of noise: without biases, all that a network makes of black is zero.
@@ -516,7 +540,7 @@ class Net(_Wrapper):
             self.module.train(training)
             with (
                 torch.inference_mode(False),
-                torch.no_grad(),
+                torch.set_grad_enabled(differentiable),
                 torch.random.fork_rng(devices),
                 torch.autocast(kind, enabled=False),
             ):

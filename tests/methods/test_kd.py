@@ -59,6 +59,13 @@ def test_terms_of_the_specification():
     close(terms(gamma=1.0, alpha=1.0, temperature=1.0)["kd"].item(), 0.975670, atol=1e-6, rtol=0)
 
 
+def test_soft_logits_leave_out_the_square_of_the_temperature():
+    """The code around MHGD: 0.7 CE + 0.3 * mean KL at T = 4, (0.134659 + 0.020513) / 2."""
+    soft = terms(gamma=0.7, alpha=0.3, t_squared=False)
+    close(soft["ce"].item(), 0.7 * 0.753109, atol=1e-6, rtol=0)
+    close(soft["kd"].item(), 0.3 * 0.0775857, atol=1e-6, rtol=0)
+
+
 def test_weights_multiply():
     one, found = terms(gamma=1.0, alpha=1.0), terms(gamma=2.0, alpha=3.0)
     close(found["ce"], 2 * one["ce"])

@@ -20,7 +20,9 @@ class KD(Method):
 
     The defaults are those of the RepDistiller benchmark, whose published rows weight the
     cross-entropy by 0.1; SemCKD's and SimKD's tables use gamma = alpha = 1. The weights are not
-    normalised. Teacher and student must have the same classes: they are compared one by one.
+    normalised. `t_squared` False leaves out the T^2: with gamma 0.7 and alpha 0.3 that is "soft
+    logits", as the code around MHGD has it. Teacher and student must have the same classes: they
+    are compared one by one.
     """
 
     def __init__(
@@ -31,28 +33,34 @@ class KD(Method):
         temperature: float = 4.0,
         gamma: float = 0.1,
         alpha: float = 0.9,
+        t_squared: bool = True,
     ) -> None:
         super().__init__(students, teachers, data)
         require_same_classes(self)
         self.temperature, self.gamma, self.alpha = temperature, gamma, alpha
+        self.t_squared = t_squared
 
     def loss(self, out: Outputs) -> Terms:
         """The two weighted terms, "ce" and "kd"."""
-        return supervision(out, self.gamma, self.alpha, self.temperature)
+        return supervision(out, self.gamma, self.alpha, self.temperature, self.t_squared)
 
 
-def supervision(out: Outputs, gamma: float, alpha: float, temperature: float) -> dict[str, Tensor]:
+def supervision(
+    out: Outputs, gamma: float, alpha: float, temperature: float, t_squared: bool = True
+) -> dict[str, Tensor]:
     """The terms of labels and soft targets, beside those of other methods.
 
     "ce" = gamma * CE and "kd" = alpha * T^2 * KL(teacher || student at temperature T), of one
-    student and one teacher. A term whose weight is 0 is left out, not multiplied by 0.
+    student and one teacher. A term whose weight is 0 is left out, not multiplied by 0; no teacher
+    need have run where alpha is 0.
     """
-    (student,), (teacher,) = out.students, out.teachers
+    (student,) = out.students
     terms = {}
     if gamma:
         terms["ce"] = gamma * F.cross_entropy(student.logits, out.batch.label)
     if alpha:
-        terms["kd"] = alpha * soft_kl(student.logits, teacher.logits, temperature)
+        (teacher,) = out.teachers
+        terms["kd"] = alpha * soft_kl(student.logits, teacher.logits, temperature, t_squared)
     return terms
 
 

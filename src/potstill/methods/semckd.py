@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill import distributed
+from potstill.connectors import require_whole_batches
 from potstill.errors import MethodError
 from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
@@ -71,7 +72,12 @@ class SemCKD(Method):
         teacher_shapes = [
             map_shape(self, "teacher", tap, "teacher_taps") for tap in self.teacher_taps
         ]
-        require_whole_batches(data)
+        if data.batch_size < 8:
+            raise MethodError(
+                "SemCKD gives an image data.batch_size // 4 numbers and compares their direction, "
+                f"so there must be two, but data.batch_size is {data.batch_size}; make it 8 or more"
+            )
+        require_whole_batches(self, "layers are as wide as")
         if soft <= 0:
             raise MethodError(f"SemCKD: soft is {soft:g}; choose a number above 0, 1 as published")
         if alpha:
@@ -173,18 +179,3 @@ def projection(own: Shape, other: Shape) -> nn.Sequential:
             conv3=nn.Conv2d(width, other[0], 1, bias=False),
         )
     )
-
-
-def require_whole_batches(data: DataSpec) -> None:
-    """Raise MethodError unless every batch of an epoch has data.batch_size images, 8 or more."""
-    if data.batch_size < 8:
-        raise MethodError(
-            "SemCKD gives an image data.batch_size // 4 numbers and compares their direction, so "
-            f"there must be two, but data.batch_size is {data.batch_size}; make it 8 or more"
-        )
-    rest = len(data.indices) % data.batch_size
-    if rest and not data.drop_last:
-        raise MethodError(
-            f"SemCKD's layers are as wide as data.batch_size, {data.batch_size}, but the last "
-            f"batch of an epoch of {len(data.indices)} images has {rest}; set data.drop_last=true"
-        )

@@ -664,3 +664,18 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, (training, tracking) in zip(layers, before, strict=True):
             layer.training, layer.track_running_stats = training, tracking
+
+
+@contextmanager
+def running_statistics(module: nn.Module) -> Iterator[None]:
+    """Within, a module is in eval mode: BatchNorm layers normalise by their running averages.
+
+    For layers that a method has frozen while the engine has it in train mode.
+    """
+    before = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training

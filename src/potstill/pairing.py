@@ -93,6 +93,7 @@ def stage_pairs(
     form: Form = "",
     teacher_form: Form = "",
     by: Literal["order", "size"] = "order",
+    fewest: int = 1,
 ) -> list[Pair]:
     """Feature maps to compare, in forward order: the taps given, or else the stages.
 
@@ -101,7 +102,8 @@ def stage_pairs(
     both sides; else, and always by size, maps meet that are equally high and wide, the deepest
     first. Where `taps` are given alone, the teacher's have the same names, in the teacher's form.
 
-    Raises TapError and MethodError for taps that do not exist, are no maps or cannot be paired.
+    Raises TapError and MethodError for taps that do not exist, are no maps, cannot be paired or are
+    less than `fewest`.
     """
     name, (student, teacher) = type(method).__name__, (method.student, method.teachers[0])
     if taps is None and teacher_taps is None:
@@ -132,6 +134,12 @@ def stage_pairs(
             f"{name}: no stage of the student ({_listed(own, shapes)}) is as high and wide as one "
             f"of the teacher ({_listed(theirs, teacher_shapes)}); pair them with taps=[...] and "
             "teacher_taps=[...]"
+        )
+    if len(chosen) < fewest:
+        raise MethodError(
+            f"{name} relates consecutive feature maps of a network, and only '{own[chosen[0][0]]}' "
+            f"of the student meets one of the teacher ('{theirs[chosen[0][1]]}'); name {fewest} or "
+            "more with taps=[...] and teacher_taps=[...]"
         )
     return [Pair(own[i], theirs[j], shapes[i], teacher_shapes[j]) for i, j in chosen]
 

@@ -6,5 +6,14 @@ KL everywhere: sum over classes, mean over the batch, times temperature squared.
 from potstill.losses.alignment import meet
 from potstill.losses.attention import attention_map, attention_map_distance
 from potstill.losses.logits import soft_kl
+from potstill.losses.singular import aligned, right_singular_vectors, upright
 
-__all__ = ["attention_map", "attention_map_distance", "meet", "soft_kl"]
+__all__ = [
+    "aligned",
+    "attention_map",
+    "attention_map_distance",
+    "meet",
+    "right_singular_vectors",
+    "soft_kl",
+    "upright",
+]

@@ -6,7 +6,10 @@ from potstill.methods.at import AT
 from potstill.methods.crd import CRD
 from potstill.methods.fitnet import FitNet
 from potstill.methods.kd import KD
+from potstill.methods.kdsvd import KDSVD
+from potstill.methods.kdsvdf import KDSVDF
 from potstill.methods.mgd import MGD
+from potstill.methods.mhgd import MHGD
 from potstill.methods.norm import NORM
 from potstill.methods.ofd import OFD
 from potstill.methods.reviewkd import ReviewKD
@@ -33,4 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "mgd": MGD,
     "norm": NORM,
     "sakd": SAKD,
+    "kdsvd": KDSVD,
+    "kdsvdf": KDSVDF,
+    "mhgd": MHGD,
 }

@@ -17,7 +17,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from potstill.errors import NetworkError, TapError
 from potstill.method import Method
-from potstill.net import Captured, Net, affine_between, batch_statistics, own_statistics
+from potstill.net import (
+    Captured,
+    Net,
+    affine_between,
+    batch_statistics,
+    own_statistics,
+    running_statistics,
+)
 from tests.toys import SHAPE, ToyImages, toy_net
 
 close = torch.testing.assert_close
@@ -727,6 +734,42 @@ def test_whether_a_map_is_what_is_pooled():
     assert not Net(Plain(), {"post": "relu"}, (1, 2, 2)).pools("post")
     with pytest.raises(TapError, match="no feature 'stage9'"):
         net.pools("stage9")
+
+
+def test_parameters_before_a_tap_are_those_that_move_it():
+    """Of a ResNet-8: conv1, bn1 and a block of two convolutions before stage1, no more."""
+    net = toy_net()
+    names = {id(p): name for name, p in net.module.named_parameters()}
+    found = [names[id(p)] for p in net.parameters_before("stage1")]
+    wanted = [n for n in names.values() if n.startswith(("conv1", "bn1", "layer1"))]
+    assert found == wanted and len(found) == 9
+    both = net.parameters_before("stage1", "stage2")
+    assert [names[id(p)] for p in both] == [n for n in names.values() if n[:2] != "fc"][:-9]
+
+
+def test_parameters_before_a_tap_leave_out_frozen_ones_and_change_nothing():
+    net = toy_net()
+    net.module.conv1.weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.no_grad():
+        assert len(net.parameters_before("stage1")) == 8
+    assert net.training and all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    net.requires_grad_(False)
+    assert net.parameters_before("stage1") == []
+    with pytest.raises(TapError, match="no feature 'stage9'"):
+        net.parameters_before("stage9")
+
+
+def test_running_statistics_hold_while_the_rest_trains():
+    """A BatchNorm of mean 1 and variance 4 maps 3 to 1 there; modes come back as they were."""
+    norm, frozen = nn.BatchNorm1d(1), nn.BatchNorm1d(1).eval()
+    line = nn.Sequential(norm, frozen)
+    norm.running_mean.fill_(1.0), norm.running_var.fill_(4.0)
+    with running_statistics(line):
+        close(norm(torch.tensor([[3.0], [3.0]])), torch.ones(2, 1), atol=1e-4, rtol=0)
+        assert norm.num_batches_tracked == 0
+    assert norm.training and not frozen.training and line.training
 
 
 def test_asking_what_is_pooled_changes_nothing():

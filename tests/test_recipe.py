@@ -220,10 +220,48 @@ def test_shipped_recipes_are_described_by_their_first_line():
     assert all(described.values())
 
 
+GRAPH = {
+    "cifar100/soft-logits-resnet56-resnet20": (100, [30, 60, 80], None),
+    "cifar100/fsp-resnet56-resnet20": ({"init": 40, "distill": 100}, [30, 60, 80], "init"),
+    "cifar100/ab-resnet56-resnet20": ({"init": 40, "distill": 100}, [30, 60, 80], "init"),
+    "cifar100/kdsvd-resnet56-resnet20": (100, [30, 60, 80], None),
+    "cifar100/kdsvdf-resnet56-resnet20": (100, [30, 60, 80], None),
+    "cifar100/mhgd-resnet56-resnet20": ({"heads": 20, "distill": 100}, [30, 60, 80], "heads"),
+    "cifar100/mhgd-wrn_22_4_mhgd-wrn_10_4_mhgd": (
+        {"heads": 20, "distill": 100},
+        [30, 60, 80],
+        "heads",
+    ),
+    "cifar100/vanilla-wrn_22_4_mhgd": (200, [60, 120, 160], None),
+}
+"""Epochs, milestones, and the update of a first phase at a constant rate."""
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_published_settings_of_the_graph_comparison(name):
+    """Lee & Song: Nesterov 0.9, 5e-4, batch 128, 0.1, a fifth at 30, 60, 80 of 100 epochs."""
+    found = load(name, ["teachers.0.weights=x"] if name in NEEDS_WEIGHTS else [])
+    epochs, milestones, first = GRAPH[name]
+    assert found.epochs == epochs
+    assert list(found.optimizers) == [*([first] if first else []), "default"]
+    for sgd in found.optimizers.values():
+        assert (sgd.name, sgd.lr, sgd.momentum) == ("sgd", 0.1, 0.9)
+        assert sgd.nesterov and sgd.weight_decay == 5e-4
+    steps = found.optimizers["default"].schedule
+    assert (steps.name, steps.milestones, steps.factor) == ("steps", milestones, 0.2)
+    if first:
+        assert found.optimizers[first].schedule.name == "constant"
+    assert found.data.batch_size == 128
+    assert found.data.drop_last is (found.method.name == "mhgd")
+    halved = "wrn" in name
+    assert (found.data.mean, found.data.std) == (([0.5] * 3, [1.0] * 3) if halved else (None, None))
+
+
 def test_published_settings():
     """RepDistiller: SGD 0.9, 5e-4, batch 64, 240 epochs, 0.05, a tenth at 150, 180 and 210.
 
-    Others by what they change: (lr, momentum, nesterov, batch, borders, fresh optimisers).
+    Others by what they change: (lr, momentum, nesterov, batch, borders, fresh optimisers). Those of
+    the graph-distillation comparison are below.
     """
     repdistiller = (0.05, 0.9, False, 64, None, False)
     others = {
@@ -231,7 +269,7 @@ def test_published_settings():
         "reviewkd": (0.1, 0.9, True, 128, None, False),
     }
     for name in shipped():
-        if not name.startswith("cifar100/") or "onecycle" in name:
+        if not name.startswith("cifar100/") or "onecycle" in name or name in GRAPH:
             continue
         found = load(name, ["teachers.0.weights=x"] if name in NEEDS_WEIGHTS else [])
         sgd, data = found.optimizers["default"], found.data
@@ -671,7 +709,7 @@ def test_the_schema_knows_every_choice_with_its_arguments():
     assert text == {"type": "string"}
     assert set(choice["discriminator"]["mapping"]) == set(METHODS)
     kd = definitions["method_kd"]
-    assert set(kd["properties"]) == {"name", "temperature", "gamma", "alpha"}
+    assert set(kd["properties"]) == {"name", "temperature", "gamma", "alpha", "t_squared"}
     assert kd["additionalProperties"] is False
     assert kd["properties"]["temperature"]["default"] == 4.0
     assert definitions["optimizer_sgd"]["required"] == ["name", "lr"]

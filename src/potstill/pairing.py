@@ -136,10 +136,11 @@ def stage_pairs(
             "teacher_taps=[...]"
         )
     if len(chosen) < fewest:
+        i, j = chosen[0]
         raise MethodError(
-            f"{name} relates consecutive feature maps of a network, and only '{own[chosen[0][0]]}' "
-            f"of the student meets one of the teacher ('{theirs[chosen[0][1]]}'); name {fewest} or "
-            "more with taps=[...] and teacher_taps=[...]"
+            f"{name} relates consecutive feature maps, but there is only '{own[i]}' of the student "
+            f"with '{theirs[j]}' of the teacher; name {fewest} or more with taps=[...] and "
+            "teacher_taps=[...]"
         )
     return [Pair(own[i], theirs[j], shapes[i], teacher_shapes[j]) for i, j in chosen]
 

@@ -58,6 +58,8 @@ CASES: dict[str, Case] = {
     "mgd": Case(),
     "norm": Case(),
     "sakd": Case(),
+    "fsp": Case(),
+    "ab": Case(),
     "kdsvd": Case(),
     "kdsvdf": Case(),
     "mhgd": Case(),

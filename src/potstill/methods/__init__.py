@@ -1,10 +1,12 @@
 """Every method by name: one line each, and the only registry."""
 
 from potstill.method import Method
+from potstill.methods.ab import AB
 from potstill.methods.afd_attention import AFDAttention
 from potstill.methods.at import AT
 from potstill.methods.crd import CRD
 from potstill.methods.fitnet import FitNet
+from potstill.methods.fsp import FSP
 from potstill.methods.kd import KD
 from potstill.methods.kdsvd import KDSVD
 from potstill.methods.kdsvdf import KDSVDF
@@ -36,6 +38,8 @@ METHODS: dict[str, type[Method]] = {
     "mgd": MGD,
     "norm": NORM,
     "sakd": SAKD,
+    "fsp": FSP,
+    "ab": AB,
     "kdsvd": KDSVD,
     "kdsvdf": KDSVDF,
     "mhgd": MHGD,

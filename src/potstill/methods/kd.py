@@ -64,6 +64,18 @@ def supervision(
     return terms
 
 
+def require_supervision(method: Method, gamma: float, alpha: float) -> None:
+    """Raise MethodError where the weights of labels and soft targets are both 0.
+
+    For methods that would train a student without either, or would find out after a first phase.
+    """
+    if not gamma and not alpha:
+        raise MethodError(
+            f"{type(method).__name__} needs labels or soft targets beside its own loss; give gamma "
+            "or alpha a value above 0"
+        )
+
+
 def require_same_classes(method: Method) -> None:
     """Raise MethodError unless teachers and students predict the same classes in the same order."""
     data, name = method.data, type(method).__name__

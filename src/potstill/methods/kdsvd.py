@@ -16,7 +16,7 @@ from potstill.connectors import Connected, connectors_between
 from potstill.errors import MethodError, by
 from potstill.losses import aligned, right_singular_vectors, upright
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, require_supervision, supervision
 from potstill.net import Net
 from potstill.pairing import stage_pairs
 
@@ -70,6 +70,7 @@ class KDSVD(Method):
                     f"{by(pair.teacher_shape)} and has {min(d, h * w)} singular vectors; "
                     f"vectors={vectors} are too many"
                 )
+        require_supervision(self, gamma, alpha)
         if alpha:
             require_same_classes(self)
         self.connectors = connectors_between(self.pairs)

@@ -20,7 +20,7 @@ from potstill.connectors import connectors_between, require_whole_batches
 from potstill.errors import MethodError
 from potstill.losses import aligned, right_singular_vectors, upright
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, require_supervision, supervision
 from potstill.net import Captured, Net, running_statistics
 from potstill.pairing import stage_pairs
 
@@ -151,6 +151,7 @@ class MHGD(Method):
         self.pairs = stage_pairs(
             self, taps, teacher_taps, form="post", teacher_form="post", fewest=2
         )
+        require_supervision(self, gamma, alpha)
         if alpha:
             require_same_classes(self)
         widths = [pair.teacher_shape[0] for pair in self.pairs]
@@ -233,6 +234,6 @@ class MHGD(Method):
             clipped("graph", own=list(self.connectors.parameters())),
         )
         return [
-            Phase("heads", [Turn(self.estimate, [heads])], 20, predictors=dict),
+            Phase("heads", [Turn(self.estimate, [heads])], 20, predictors=lambda: {}),
             Phase("distill", [Turn(self.__call__, [student])], self.epochs),
         ]

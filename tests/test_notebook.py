@@ -259,6 +259,17 @@ def test_milestones_of_own_optimizers_count_in_own_epochs() -> None:
     assert [r["lr"]["student"] for r in run.metrics] == pytest.approx([0.05, 0.05, 5e-3, 5e-5])
 
 
+def test_default_milestones_are_those_of_the_methods_length() -> None:
+    """Of kdsvdf's 100 epochs as of kd's 240: after 2.5, 3 and 3.5 of 4. Of ab's 40 + 100, 2 and 5
+    here, none in the first phase and after 3.125, 3.75 and 4.375 in the second.
+    """
+    run = go(network(1), network(2), images(), images(), "kdsvdf", epochs=4)
+    assert [r["lr"]["student"] for r in run.metrics] == pytest.approx([0.05, 0.05, 5e-3, 5e-5])
+    run = go(network(1), network(2), images(), images(), "ab", epochs={"init": 2, "distill": 5})
+    rates = [next(iter(record["lr"].values())) for record in run.metrics]
+    assert rates == pytest.approx([0.05] * 5 + [5e-3, 5e-5])
+
+
 class Flat(nn.Module):
     """Flattens with view, as most hand-written networks do: contiguous images only."""
 

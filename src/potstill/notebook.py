@@ -13,21 +13,12 @@ from torch import nn
 from potstill import data as datasets
 from potstill import display, models, training
 from potstill.errors import PotstillError
+from potstill.method import Method
+from potstill.methods import METHODS
 from potstill.net import Net, Predictor, shared_copy
 from potstill.recipe import Recipe, loads, resolve
 from potstill.run import Run
 from potstill.seeds import seed_of
-
-DEFAULT_OPTIMIZERS = {
-    "default": {
-        "name": "sgd",
-        "lr": 0.05,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "schedule": {"name": "steps", "milestones": [150, 180, 210], "factor": 0.1},
-    }
-}
-"""RepDistiller's, over 240 epochs; a shorter training shortens the milestones with it."""
 
 Network = nn.Module | str | Path | Mapping[str, Any]
 """A module, an architecture's name, a run's directory, or a recipe's {name:, weights:, ...}."""
@@ -63,7 +54,8 @@ def distill(
     and test/ in it. `data` holds further settings: {"padding": 4, "flip": True, "subset": 5000} ...
 
     `epochs` are of the whole training, None for the published length. `optimizers` are as in a
-    recipe, their milestones and warm-ups in epochs of this training.
+    recipe, their milestones and warm-ups in epochs of this training; None for RepDistiller's, whose
+    rate drops to a tenth at 15, 18 and 21 of every 24 epochs, and not in a shorter first phase.
     `arguments` are the method's own. With `out` the run is a directory that `resume` continues;
     without, nothing is written. A student module is trained in place; a teacher is not changed.
     `run.student` is the student module, or, for methods that predict with more than it (SimKD,
@@ -93,7 +85,7 @@ def distill(
                 "batch_size": batch_size,
                 **(data or {}),
             },
-            "optimizers": optimizers or DEFAULT_OPTIMIZERS,
+            "optimizers": optimizers or _default_optimizers(method),
             "epochs": epochs,
             "schedule_epochs": {} if optimizers is None else None,
             "seed": seed,
@@ -140,6 +132,21 @@ def distill(
             if not any(net is given for given in (*students, *teachers)):
                 net.close()
     return run
+
+
+def _default_optimizers(method: str) -> dict[str, Any]:
+    """RepDistiller's, with milestones in epochs of the method's published length."""
+    length = METHODS[method].epochs if method in METHODS else Method.epochs
+    milestones = [share * length / 24 for share in (15, 18, 21)]
+    return {
+        "default": {
+            "name": "sgd",
+            "lr": 0.05,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "schedule": {"name": "steps", "milestones": milestones, "factor": 0.1},
+        }
+    }
 
 
 def _several(networks: Any) -> list[Any]:

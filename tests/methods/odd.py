@@ -122,7 +122,7 @@ class PrePhase(Method):
 
     def loss(self, out: Connected) -> Terms:
         near = F.cosine_similarity(out.mapped, self.centres[out.batch.label])
-        ramp = min(1.0, out.progress.published_epoch / 20)
+        ramp = min(1.0, (1 + out.progress.published_epoch) / 20)  # moves all from the first step
         ce = F.cross_entropy(out.students[0].logits, out.batch.label)
         return {"ce": ce, "centre": ramp * (1 - near).mean()}
 

@@ -22,7 +22,8 @@ def clipped(
     transfer term and e the whole epochs done of the phase, on the scale of its published length: at
     most half as long as g at first, as long in the end. Both norms are of the gradients of the
     whole batch, before weight decay. `own` are parameters that only the transfer term reaches,
-    where the rule would leave nothing: they have h as it is.
+    where the rule would leave nothing: there h is scaled as the rule would scale it if all others
+    were one tensor.
 
     The rule of the authors' code for Lee, Kim, Song, ECCV 2018, arXiv:1807.06819; what the posters
     print would leave large gradients unclipped. It takes two backward passes of one forward.
@@ -41,11 +42,19 @@ def clipped(
         g = distributed.gradient(torch.stack(target).sum(), parameters)
         h = distributed.gradient(terms[transfer], parameters)
         ramp = 1 / (1 + math.exp(-math.floor(progress.published_epoch)))
-        bound, norm = (torch.stack([torch.linalg.vector_norm(x) for x in xs]) for xs in (g, h))
-        factor = (ramp * bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
+        lengths = [
+            tuple(torch.linalg.vector_norm(x) for x in pair) for pair in zip(g, h, strict=True)
+        ]
+        shared = [pair for p, pair in zip(parameters, lengths, strict=True) if id(p) not in free]
+        together = _factor(ramp, *(torch.stack(x).norm() for x in zip(*shared, strict=True)))
+        factors = _factor(ramp, *(torch.stack(x) for x in zip(*lengths, strict=True))).unbind()
         return [
-            y if id(p) in free else x + y * f
-            for p, x, y, f in zip(parameters, g, h, factor.unbind(), strict=True)
+            x + y * (together if id(p) in free else factor)
+            for p, x, y, factor in zip(parameters, g, h, factors, strict=True)
         ]
 
     return gradients
+
+
+def _factor(ramp: float, bound: Tensor, norm: Tensor) -> Tensor:
+    return (ramp * bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)

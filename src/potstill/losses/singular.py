@@ -73,8 +73,8 @@ class _Compression(torch.autograd.Function):
             # of the others v_j v_j^T = M^T u_j u_j^T M / lam_j, so nothing is divided by small ones
             weights = torch.where(near, -1 / leading, over_gap) / leading
             w = grad / leading + m.mT @ (basis @ (weights * (basis.mT @ (m @ grad)))) / trace
-        both = m @ torch.cat([w, vectors], dim=2) / trace  # M itself may hold what is not finite
-        both = torch.where(there[:, :1, None], both, 0.0)
+        w = torch.where(there[:, None], w, 0.0)  # of a map of zeros, or M that is not finite
+        both = torch.where(there[:, :1, None], m @ torch.cat([w, vectors], dim=2) / trace, 0.0)
         return both @ torch.cat([vectors, w], dim=2).mT, None, None
 
 

@@ -33,7 +33,8 @@ class KDSVD(Method):
     behind the comparison of MHGD, is followed: the student is turned, not the teacher; the sum is
     over the batch; the reference norm is without weight decay. Two of its slips are not: a gradient
     of the vectors that is twice the exact one, and none for nearly square maps. Maps of unequal
-    width: the student's goes through a connector, which the transfer loss alone trains, unclipped.
+    width: the student's goes through a connector, which the transfer loss alone trains, clipped as
+    the student's weights are together.
     """
 
     epochs = 100
@@ -127,7 +128,8 @@ def compressed(
     the nearest of the student's `count + extra`, turned to its side. Both are weighted by the
     teacher's singular values, scaled to unit length.
     """
-    values, target = right_singular_vectors(teacher, count)
+    # as many as of the student, so that equal maps give equal vectors to the last bit
+    values, target = (x[..., :count] for x in right_singular_vectors(teacher, count + extra))
     target, weights = upright(target), F.normalize(values, dim=1)[:, None]
     own = aligned(right_singular_vectors(student, count + extra)[1], target)
     return weights * own, weights * target

@@ -72,17 +72,17 @@ class Heads(nn.Module):
     def forward(self, front: Tensor, back: Tensor) -> Tensor:
         """Back vectors estimated by attention over the front ones. (N, D), (N, E) -> (N, E)
 
-        Of unit length, or zero where there is nothing to scale.
+        Of unit length; an estimate shorter than 1e-3 has no direction: zero, without a gradient.
         """
         attention = self.graph(front, back).softmax(dim=2)
         if self.dropping:
-            noise = torch.randn(*attention.shape[:2], 1, device=front.device, dtype=front.dtype)
+            noise = torch.randn(*attention.shape[:2], 1, device=front.device)
             attention = attention * (noise > noise.mean(dim=0))
         mixed = (attention @ self.f1(front)).permute(1, 2, 0).flatten(1)
         estimate = self.f2(mixed)
         length = torch.linalg.vector_norm(estimate, dim=1, keepdim=True)
-        # without a direction there is no gradient; that of a division by 1e-12 would be 1e12
-        directed: Tensor = estimate.masked_fill(length <= 1e-12, 0.0) / length.clamp_min(1e-12)
+        # equal images leave rounding errors, of 1e-5, which must not be stretched to length 1
+        directed: Tensor = estimate.masked_fill(length < 1e-3, 0.0) / length.clamp_min(1e-3)
         return directed
 
 
@@ -124,7 +124,7 @@ class MHGD(Method):
     mean. Not in the paper, and nothing is dropped of a single head, which would always be. The
     teacher's vectors are turned so that their sum is positive, in both phases: the paper leaves
     the sign to the solver. Maps of unequal width: the student's goes through a connector, which
-    the transfer alone trains, unclipped.
+    the transfer alone trains, clipped as the student's weights are together.
     """
 
     epochs = 100
@@ -146,7 +146,9 @@ class MHGD(Method):
         if heads < 1:
             raise MethodError(f"MHGD has heads=1 or more, but heads is {heads}")
         if data.batch_size < 2:
-            raise MethodError("MHGD's graphs join the images of a batch; make data.batch_size 2")
+            raise MethodError(
+                "MHGD's graphs join the images of a batch; make data.batch_size 2 or more"
+            )
         require_whole_batches(self, "graphs are as large as")
         self.pairs = stage_pairs(
             self, taps, teacher_taps, form="post", teacher_form="post", fewest=2
@@ -168,18 +170,17 @@ class MHGD(Method):
 
     def vectors(self, teacher: Captured) -> list[Tensor]:
         """The teacher's by tap, of this rank's images. (B, D) each"""
-        found = [right_singular_vectors(teacher[pair.teacher], 1)[1] for pair in self.pairs]
-        return [upright(x).squeeze(2) for x in found]
+        # four, as of the student, so that equal maps give equal vectors to the last bit
+        found = [right_singular_vectors(teacher[pair.teacher], 4)[1] for pair in self.pairs]
+        return [upright(x)[:, :, 0] for x in found]
 
     def student_vectors(self, student: Captured, target: Sequence[Tensor]) -> list[Tensor]:
         """The student's, aligned with the teacher's. (B, D) each"""
-        parts = zip(self.connectors, self.pairs, target, strict=True)
-        return [
-            aligned(right_singular_vectors(layer(student[pair.student]), 4)[1], x[:, :, None])[
-                ..., 0
-            ]
-            for layer, pair, x in parts
-        ]
+        found = []
+        for layer, pair, vector in zip(self.connectors, self.pairs, target, strict=True):
+            candidates = right_singular_vectors(layer(student[pair.student]), 4)[1]
+            found.append(aligned(candidates, vector[:, :, None]).squeeze(2))
+        return found
 
     def estimate(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

@@ -42,12 +42,12 @@ def clipped(
         g = distributed.gradient(torch.stack(target).sum(), parameters)
         h = distributed.gradient(terms[transfer], parameters)
         ramp = 1 / (1 + math.exp(-math.floor(progress.published_epoch)))
-        lengths = [
-            tuple(torch.linalg.vector_norm(x) for x in pair) for pair in zip(g, h, strict=True)
-        ]
-        shared = [pair for p, pair in zip(parameters, lengths, strict=True) if id(p) not in free]
-        together = _factor(ramp, *(torch.stack(x).norm() for x in zip(*shared, strict=True)))
-        factors = _factor(ramp, *(torch.stack(x) for x in zip(*lengths, strict=True))).unbind()
+        bounds, norms = ([torch.linalg.vector_norm(x) for x in xs] for xs in (g, h))
+        bound, norm = torch.stack(bounds), torch.stack(norms)
+        factors = _factor(ramp, bound, norm).unbind()
+        others = [n for p, n in zip(parameters, norms, strict=True) if id(p) not in free]
+        # of `own` g is 0, so that what bounds all together is what bounds the others
+        together = _factor(ramp, bound.norm(), torch.stack(others or norms).norm())
         return [
             x + y * (together if id(p) in free else factor)
             for p, x, y, factor in zip(parameters, g, h, factors, strict=True)

@@ -27,7 +27,6 @@ def right_singular_vectors(x: Tensor, count: int, tolerance: float = 1e-6) -> tu
     arXiv:1807.06819.
     """
     matrix = in_full(x).flatten(2).mT
-    count = min(count, *matrix.shape[1:])
     return _Compression.apply(matrix, count, tolerance)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -46,10 +45,10 @@ class _Compression(torch.autograd.Function):
         usable = trace.isfinite() & (trace > 1e-24)
         lam, basis = torch.linalg.eigh(torch.where(usable, gram / trace, 0.0))
         leading = lam[:, -count:].flip(1)
-        there = (leading > tolerance * leading[:, :1]) & usable[:, 0]
+        there = leading > tolerance * leading[:, :1]
         vectors = basis[:, :, -count:].flip(2)
         if not tall:  # of M M^T: the left ones
-            vectors = F.normalize(m.mT @ vectors, dim=1)
+            vectors = F.normalize(m.mT @ vectors, dim=1, eps=1e-30)
         vectors = torch.where(there[:, None], vectors, 0.0)
         values = torch.where(there, (leading * trace[:, 0]).sqrt(), 0.0)
         ctx.save_for_backward(m, trace, lam, basis, leading, there, vectors)
@@ -62,17 +61,17 @@ class _Compression(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor, None, None]:
         """dL/dM = M (W V^T + V W^T), w_i = sum over j != i of v_j (v_j . g_i) / (lam_i - lam_j)."""
         m, trace, lam, basis, leading, there, vectors = ctx.saved_tensors
-        grad, leading = grad * there[:, None], leading.masked_fill(~there, 1.0)[:, None]
+        leading = leading.masked_fill(~there, 1.0)[:, None]
         gap = leading - lam[:, :, None]
         near = gap.abs() <= ctx.tolerance * lam[:, -1:, None]
-        over_gap = 1 / gap.masked_fill(near, 1.0)
         if ctx.tall:
-            w = basis @ (over_gap.masked_fill(near, 0.0) * (basis.mT @ grad))
+            w = basis @ ((1 / gap).masked_fill(near, 0.0) * (basis.mT @ grad))
         else:
             # the v_j without a u_j have lam_j = 0: they are what is left of g_i, divided by lam_i;
             # of the others v_j v_j^T = M^T u_j u_j^T M / lam_j, so nothing is divided by small ones
-            weights = torch.where(near, -1 / leading, over_gap) / leading
-            w = grad / leading + m.mT @ (basis @ (weights * (basis.mT @ (m @ grad)))) / trace
+            lam = lam[:, :, None].clamp_min(ctx.tolerance * lam[:, -1:, None])
+            weights = torch.where(near, -1 / lam, 1 / gap) / leading
+            w = grad / leading + m.mT @ (basis @ (weights * (basis.mT @ (m @ grad / trace))))
         w = torch.where(there[:, None], w, 0.0)  # of a map of zeros, or M that is not finite
         both = torch.where(there[:, :1, None], m @ torch.cat([w, vectors], dim=2) / trace, 0.0)
         return both @ torch.cat([vectors, w], dim=2).mT, None, None

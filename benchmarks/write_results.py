@@ -152,7 +152,7 @@ def taps(path: Path) -> list[str]:
 def methods(heading: str, text: str, files: Sequence[Path]) -> list[str]:
     """What every method costs beside plain training."""
     parts = [f"## {heading}\n", text]
-    head = ["method", "phase", "images/s", "of vanilla's", "quartiles", "peak MiB"]
+    head = ["method", "phase", "images/s", "of vanilla's", "quartiles", "peak MiB", "loss"]
     line = "python benchmarks/method_cost.py --teacher ... --precision {} --steps {} --out {}"
     lines = []
     for path in files:
@@ -160,7 +160,7 @@ def methods(heading: str, text: str, files: Sequence[Path]) -> list[str]:
         setting, rows = found["setting"], []
         for name, row in found["methods"].items():
             for phase, cost in row["phases"].items():
-                assert cost["finite"] and cost["falling"], (name, phase)
+                assert cost["finite"], (name, phase)
                 rows.append(
                     [
                         f"`{name}`",
@@ -169,6 +169,7 @@ def methods(heading: str, text: str, files: Sequence[Path]) -> list[str]:
                         f"{cost['ratio']:.3f}",
                         "{:.3f} to {:.3f}".format(*cost["ratio_quartiles"]),
                         f"{row['peak_bytes'] / 2**20:.0f}",
+                        "fell" if cost["falling"] else "did not fall",
                     ]
                 )
         parts += [
@@ -188,13 +189,16 @@ def methods(heading: str, text: str, files: Sequence[Path]) -> list[str]:
 ON_CIFAR = """\
 Each method's published recipe. Images/s are medians of steps taken in turns with plain training
 (`vanilla`) in one process; the ratio is of those pairs, with quartiles. Peak memory is the whole
-process's (of the GPU, on a GPU), the data set included. All terms were finite, and the loss fell in
-every phase. `crd` has 4,096 negatives: the slice is too small for 16,384. How far `vanilla` is from
-1 beside itself says how noisy the machine was.
+process's (of the GPU, on a GPU), the data set included. All terms were finite; the loss fell where
+the sum of terms and the cross-entropy were lower in the end. `crd` has 4,096 negatives: the slice
+is too small for 16,384. How far `vanilla` is from 1 beside itself says how noisy the machine was.
+Rows were measured at different times: compare ratios, not images/s.
 """
 ON_TINY = """\
 The same at 64x64, on 2,000 images of 50 classes, with a teacher trained for three epochs of 5,000:
-it shows that every phase runs, with finite and falling losses, not how good the students are.
+it shows that every phase runs with finite losses, not how good students are. A phase is 15 steps
+here, in which plain training at these rates hardly moves the cross-entropy. The teacher:
+`potstill train cifar100/vanilla-wrn_22_4_mhgd data.name=tiny-imagenet data.subset=5000 epochs=3`.
 """
 
 
@@ -204,7 +208,8 @@ def svd(files: Sequence[Path]) -> list[str]:
         "## Singular vectors: forward and backward of a batch\n",
         "`right_singular_vectors` (four of each image) beside `torch.linalg.svd` and its own\n"
         "backward, in turns: medians in milliseconds, and the ratio with quartiles, of noise\n"
-        "after a ReLU. Where one in eight channels is dead, torch's gradient is not finite.\n",
+        "after a ReLU. With one channel in eight dead, torch's gradient is not finite in maps that\n"
+        "have at least as many positions as channels.\n",
     ]
     head = ["map", "ms", "torch's ms", "torch's / ours", "quartiles", "dead: ours, torch's finite"]
     lines = []

@@ -151,16 +151,16 @@ def test_own_parameters_are_scaled_as_all_others_together():
     for theirs in (20.0, 3e4):
         h = [[0.0, 20.0], [0.0, theirs], [0.0, 20.0]]
         terms = {"ce": slope(parameters[:1], [[3.0, 4.0]]), "svd": slope(parameters, h)}
-        found = clipped("svd", own=parameters[1:2])(terms, parameters, START)
+        found = clipped("svd", transfer_only=parameters[1:2])(terms, parameters, START)
         expected = ([3.0, 6.5], [0.0, 0.0883883476 * theirs], [0.0, 0.0])
         for one, other in zip(found, expected, strict=True):
             close(one, torch.tensor(other))
     short = [[0.0, 0.1], [0.0, 20.0], [0.1, 0.0]]
     terms = {"ce": slope(parameters[:1], [[3.0, 4.0]]), "svd": slope(parameters, short)}
-    found = clipped("svd", own=parameters[1:2])(terms, parameters, START)
+    found = clipped("svd", transfer_only=parameters[1:2])(terms, parameters, START)
     for one, other in zip(found, ([3.0, 4.1], [0.0, 20.0], [0.0, 0.0]), strict=True):
         close(one, torch.tensor(other))
-    (_, late, _) = clipped("svd", own=parameters[1:2])(
+    (_, late, _) = clipped("svd", transfer_only=parameters[1:2])(
         {"ce": terms["ce"], "svd": slope(parameters, h)}, parameters, at(1)
     )
     close(late, torch.tensor([0.0, 5 * 0.731059 / 28.284271 * 3e4]), rtol=1e-5, atol=0)
@@ -169,7 +169,7 @@ def test_own_parameters_are_scaled_as_all_others_together():
 def test_own_parameters_alone_have_nothing_to_be_as_long_as():
     p, q = zeros(2), zeros(2)
     terms = {"ce": torch.zeros(()), "svd": slope([p, q], [[1.0, 2.0], [0.0, 0.0]])}
-    found = clipped("svd", own=[p, q])(terms, [p, q], START)
+    found = clipped("svd", transfer_only=[p, q])(terms, [p, q], START)
     assert all(torch.equal(x, torch.zeros(2)) for x in found)
 
 

@@ -190,3 +190,25 @@ def test_a_vector_is_no_map():
         "Paired needs feature maps (C, H, W), but 'embed' of the teacher is (8,); choose "
         "teacher_tap=... before the pooling"
     )
+
+
+def test_taps_given_alone_are_read_alike_on_both_sides():
+    """In the teacher's form only where that is another than the student's, as OFD has it."""
+    toys = method()
+    for form in ("", "pre"):
+        pairs = stage_pairs(toys, ["stage2"], form=form, teacher_form=form)
+        assert [(p.student, p.teacher) for p in pairs] == [("stage2", "stage2")]
+    (pair,) = stage_pairs(toys, ["stage2"], teacher_form="pre")
+    assert (pair.student, pair.teacher) == ("stage2", "stage2:pre")
+
+
+def test_a_pair_is_compared_once():
+    toys = method()
+    pairs = stage_pairs(toys, ["stage1", "stage2"], ["stage1", "stage1"])
+    assert [p.teacher for p in pairs] == ["stage1", "stage1"]
+    with pytest.raises(MethodError) as error:
+        stage_pairs(toys, ["stage1", "stage1"], fewest=2)
+    assert str(error.value) == (
+        "Paired compares 'stage1' of the student with 'stage1' of the teacher twice; name each "
+        "pair once in taps=[...] and teacher_taps=[...]"
+    )

@@ -232,28 +232,40 @@ GRAPH = {
         [30, 60, 80],
         "heads",
     ),
+    "cifar100/mhgd-vgg_teacher_mhgd-vgg_student_mhgd": (
+        {"heads": 20, "distill": 200},
+        [100, 150],
+        "heads",
+    ),
     "cifar100/vanilla-wrn_22_4_mhgd": (200, [60, 120, 160], None),
+    "cifar100/vanilla-wrn_10_4_mhgd": (100, [30, 60, 80], None),
+    "cifar100/vanilla-vgg_teacher_mhgd": (200, [100, 150], None),
 }
 """Epochs, milestones, and the update of a first phase at a constant rate."""
 
 
 @pytest.mark.parametrize("name", GRAPH)
 def test_published_settings_of_the_graph_comparison(name):
-    """Lee & Song: Nesterov 0.9, 5e-4, batch 128, 0.1, a fifth at 30, 60, 80 of 100 epochs."""
+    """Lee & Song: Nesterov 0.9, 5e-4, batch 128, 0.1, a fifth at 30, 60, 80 of 100 epochs.
+
+    VGG: 0.01, a tenth at 100 and 150 of 200. First phases at 0.1.
+    """
     found = load(name, ["teachers.0.weights=x"] if name in NEEDS_WEIGHTS else [])
     epochs, milestones, first = GRAPH[name]
     assert found.epochs == epochs
     assert list(found.optimizers) == [*([first] if first else []), "default"]
     for sgd in found.optimizers.values():
-        assert (sgd.name, sgd.lr, sgd.momentum) == ("sgd", 0.1, 0.9)
+        rate = 0.01 if "vgg" in name and sgd is found.optimizers["default"] else 0.1
+        assert (sgd.name, sgd.lr, sgd.momentum) == ("sgd", rate, 0.9)
         assert sgd.nesterov and sgd.weight_decay == 5e-4
     steps = found.optimizers["default"].schedule
-    assert (steps.name, steps.milestones, steps.factor) == ("steps", milestones, 0.2)
+    factor = 0.1 if "vgg" in name else 0.2
+    assert (steps.name, steps.milestones, steps.factor) == ("steps", milestones, factor)
     if first:
         assert found.optimizers[first].schedule.name == "constant"
     assert found.data.batch_size == 128
     assert found.data.drop_last is (found.method.name == "mhgd")
-    halved = "wrn" in name
+    halved = "resnet56" not in name
     assert (found.data.mean, found.data.std) == (([0.5] * 3, [1.0] * 3) if halved else (None, None))
 
 
@@ -750,3 +762,33 @@ def test_importing_recipes_imports_no_torch():
     code = "import sys, potstill.recipe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_milestones_that_no_phase_reaches_are_noted():
+    """240 epochs of a one-phase recipe are 69 + 171 of AB's 40 + 100, and 40 + 200 of MHGD's."""
+    swapped = ["teachers.0.weights=t.pt", "method={name: ab}"]
+    notes = load("cifar100/kd-resnet56-resnet20", swapped).notes
+    assert (
+        "optimizers.default.schedule.milestones: 180, 210 of 171 epochs is never reached" in notes
+    )
+    swapped[1] = "method={name: mhgd}"
+    notes = load("cifar100/kd-resnet56-resnet20", swapped).notes
+    assert "optimizers.default.schedule.milestones: 210 of 200 epochs is never reached" in notes
+    lengths = ["epochs={heads: 20, distill: 240}", "schedule_epochs={heads: 20, distill: 240}"]
+    notes = load("cifar100/kd-resnet56-resnet20", [*swapped, *lengths]).notes
+    assert not any("never reached" in note for note in notes)
+
+
+def test_phases_that_the_method_does_not_have_are_told_before_anything_is_loaded():
+    with pytest.raises(RecipeError) as caught:
+        load("cifar100/mhgd-resnet56-resnet20", ["teachers.0.weights=t.pt", "method={name: ab}"])
+    assert caught.value.source == "cifar100/mhgd-resnet56-resnet20"
+    assert caught.value.faults == [
+        "epochs.heads is no phase of this method; allowed: init, distill"
+    ]
+    with pytest.raises(RecipeError) as caught:
+        load("cifar100/mhgd-resnet56-resnet20", ["teachers.0.weights=t.pt", "epochs=1"])
+    assert caught.value.faults == [
+        "epochs is 1, but the method has 2 phases (heads, distill) and each needs an epoch; give 2 "
+        "or more"
+    ]

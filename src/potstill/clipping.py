@@ -14,21 +14,21 @@ from potstill.method import Progress, Terms
 
 
 def clipped(
-    transfer: str, own: Sequence[nn.Parameter] = ()
+    transfer: str, transfer_only: Sequence[nn.Parameter] = ()
 ) -> Callable[[Terms, Sequence[nn.Parameter], Progress], list[Tensor]]:
     """An `Update.gradients`: of all other terms, plus that of the term `transfer`, clipped.
 
     For each parameter tensor, g + h * min(1, |g| * sigmoid(e) / |h|), with h the gradient of the
     transfer term and e the whole epochs done of the phase, on the scale of its published length: at
     most half as long as g at first, as long in the end. Both norms are of the gradients of the
-    whole batch, before weight decay. `own` are parameters that only the transfer term reaches,
+    whole batch, before weight decay. `transfer_only` are parameters that no other term reaches,
     where the rule would leave nothing: there h is scaled as the rule would scale it if all others
     were one tensor.
 
     The rule of the authors' code for Lee, Kim, Song, ECCV 2018, arXiv:1807.06819; what the posters
     print would leave large gradients unclipped. It takes two backward passes of one forward.
     """
-    free = {id(p) for p in own}
+    free = {id(p) for p in transfer_only}
 
     def gradients(
         terms: Terms, parameters: Sequence[nn.Parameter], progress: Progress
@@ -46,7 +46,7 @@ def clipped(
         bound, norm = torch.stack(bounds), torch.stack(norms)
         factors = _factor(ramp, bound, norm).unbind()
         others = [n for p, n in zip(parameters, norms, strict=True) if id(p) not in free]
-        # of `own` g is 0, so that what bounds all together is what bounds the others
+        # of `transfer_only` g is 0, so that what bounds all together is what bounds the others
         together = _factor(ramp, bound.norm(), torch.stack(others or norms).norm())
         return [
             x + y * (together if id(p) in free else factor)

@@ -76,7 +76,7 @@ def _methods() -> list[dict[str, Any]]:
             "description": inspect.getdoc(method).partition("\n")[0],  # type: ignore[union-attr]
             "students": list(method.students_needed),
             "teachers": list(method.teachers_needed),
-            "epochs": method.epochs,
+            "epochs": dict(method.lengths),
             "arguments": {
                 p.name: p.default
                 for p in inspect.signature(method.__init__).parameters.values()

@@ -167,8 +167,8 @@ class Method(nn.Module):
     students_needed: ClassVar[tuple[int, int | None]] = (1, 1)
     """Fewest and most students; None for no upper limit."""
     teachers_needed: ClassVar[tuple[int, int | None]] = (1, 1)
-    epochs: ClassVar[int] = 240
-    """Published length of the default phase, in epochs."""
+    lengths: ClassVar[Mapping[str, int]] = {"distill": 240}
+    """Published length of each phase, in epochs, by name, in order."""
     needs_input_gradient: ClassVar[bool] = False
     """Whether a loss differentiates the teacher with respect to the image."""
 
@@ -255,9 +255,12 @@ class Method(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def phases(self) -> Sequence[Phase]:
-        """The training, in order; by default one phase "distill" with one update "student"."""
+        """The training, in order; by default one phase "distill" with one update "student".
+
+        They have the names and the lengths that the class states in `lengths`.
+        """
         update = Update("student", self.loss, self.trainable())
-        return [Phase("distill", [Turn(self.__call__, [update])], self.epochs)]
+        return [Phase("distill", [Turn(self.__call__, [update])], self.lengths["distill"])]
 
     def predictors(self) -> Mapping[str, nn.Module]:
         """What is evaluated, saved and exported, by name: modules from image to logits."""

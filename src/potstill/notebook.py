@@ -135,8 +135,8 @@ def distill(
 
 
 def _default_optimizers(method: str) -> dict[str, Any]:
-    """RepDistiller's, with milestones in epochs of the method's published length."""
-    length = METHODS[method].epochs if method in METHODS else Method.epochs
+    """RepDistiller's, with milestones in epochs of the method's last phase, as published."""
+    *_, length = METHODS.get(method, Method).lengths.values()
     milestones = [share * length / 24 for share in (15, 18, 21)]
     return {
         "default": {

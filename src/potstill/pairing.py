@@ -100,10 +100,11 @@ def stage_pairs(
     Stages are read before ("pre") or after ("post") their activation where a form says so and the
     network has it. By order, the first stage meets the first and so on, if there are as many on
     both sides; else, and always by size, maps meet that are equally high and wide, the deepest
-    first. Where `taps` are given alone, the teacher's have the same names, in the teacher's form.
+    first. Where `taps` are given alone, the teacher's have the same names; in the teacher's form,
+    if that is another one than the student's.
 
     Raises TapError and MethodError for taps that do not exist, are no maps, cannot be paired or are
-    less than `fewest`.
+    fewer than `fewest`, and for a pair that is named twice.
     """
     name, (student, teacher) = type(method).__name__, (method.student, method.teachers[0])
     if taps is None and teacher_taps is None:
@@ -111,7 +112,8 @@ def stage_pairs(
         given = False
     else:
         own = tuple(student.stages(form) if taps is None else taps)
-        named = [f"{tap}:{teacher_form}" for tap in own]
+        suffix = "" if form == teacher_form else f":{teacher_form}"
+        named = [f"{tap}{suffix}" for tap in own]
         same = [f if f in teacher.shapes else tap for f, tap in zip(named, own, strict=True)]
         theirs = tuple(same if teacher_taps is None else teacher_taps)
         given = True
@@ -142,7 +144,14 @@ def stage_pairs(
             f"with '{theirs[j]}' of the teacher; name {fewest} or more with taps=[...] and "
             "teacher_taps=[...]"
         )
-    return [Pair(own[i], theirs[j], shapes[i], teacher_shapes[j]) for i, j in chosen]
+    pairs = [Pair(own[i], theirs[j], shapes[i], teacher_shapes[j]) for i, j in chosen]
+    twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
+    if twice is not None:
+        raise MethodError(
+            f"{name} compares '{twice.student}' of the student with '{twice.teacher}' of the "
+            "teacher twice; name each pair once in taps=[...] and teacher_taps=[...]"
+        )
+    return pairs
 
 
 def _equal_sizes(own: Sequence[Shape], theirs: Sequence[Shape]) -> list[tuple[int, int]]:

@@ -472,7 +472,7 @@ def _ascending(milestones: list[float]) -> list[float]:
 
 _BELOW_ONE = (Ge(0), Lt(1))
 _LIMITS: Mapping[str, Mapping[str, Sequence[Any]]] = {  # what a signature's types do not say
-    "method": {"temperature": (Gt(0),)},
+    "method": {"temperature": (Gt(0),), "bandwidth": (Gt(0),), "margin": (Gt(0),)},
     "optimizer": {
         "lr": (Gt(0),),
         "momentum": _BELOW_ONE,
@@ -703,6 +703,8 @@ def _resolve(
     faults.extend(_network_faults(raw))
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)), source)
+    if faults := _phase_faults(recipe):
+        raise RecipeError(faults, source)
     recipe.notes.extend([*notes, *_never_reached(recipe)])
     return recipe
 
@@ -855,16 +857,34 @@ def _replaced(raw: dict[str, Any], original: dict[str, Any], given: Sequence[_Pa
 
 
 def _never_reached(recipe: Recipe) -> list[str]:
-    """Notes on milestones that lie beyond the epochs that they are counted in."""
-    length = recipe.schedule_epochs
-    if not isinstance(length, int):
+    """Notes on milestones beyond the phases that they are counted in, where these share a number.
+
+    A length that is named by phase was meant.
+    """
+    if not isinstance(recipe.schedule_epochs, int):
         return []
+    length = max(phase_epochs(_lengths(recipe), recipe.schedule_epochs).values())
     return [
         f"optimizers.{update}.schedule.milestones: {', '.join(f'{m:g}' for m in beyond)} of "
         f"{length} epochs is never reached"
         for update, optimizer in recipe.optimizers.items()
         if (beyond := [m for m in getattr(optimizer.schedule, "milestones", []) if m >= length])
     ]
+
+
+def _phase_faults(recipe: Recipe) -> list[str]:
+    for key, epochs in (("epochs", recipe.epochs), ("schedule_epochs", recipe.schedule_epochs)):
+        try:
+            phase_epochs(_lengths(recipe), epochs, key)
+        except RecipeError as error:
+            return list(error.faults)  # the second is made of the first unless it is given
+    return []
+
+
+def _lengths(recipe: Recipe) -> Mapping[str, int]:
+    from potstill.methods import METHODS
+
+    return METHODS[recipe.method.name].lengths
 
 
 def _at(root: Any, path: _Path) -> Any:

@@ -443,7 +443,8 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     watcher.say(f"on {job.device}, {job.precision}{', compiled' if job.compile else ''}{ranks}")
     for phase in job.training.phases:
-        watcher.say(f"phase {phase.name}: {pace.epochs[phase.name]} epochs")
+        epochs = pace.epochs[phase.name]
+        watcher.say(f"phase {phase.name}: {epochs} epoch{'s' if epochs > 1 else ''}")
 
 
 def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:

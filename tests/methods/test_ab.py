@@ -16,7 +16,7 @@ from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Outputs, Progress
 from potstill.methods.ab import AB, boundary_distance
 from potstill.models import build
-from potstill.net import Captured
+from potstill.net import Captured, Net
 from tests.toys import ToyImages, pace, plan, toy_net
 
 close = torch.testing.assert_close
@@ -493,10 +493,30 @@ def test_each_network_is_read_at_its_own_taps():
     close(method.init_loss(out)["ab"].item(), total, rtol=1e-5, atol=0)
 
 
-def test_taps_given_alone_are_the_teachers_too_before_its_relu():
-    method = ab(taps=["stage2", "stage3:pre"])
+def test_taps_given_alone_are_the_teachers_too():
+    """A student's map after its ReLU, of which neurons could never leave the active side, goes
+    through a connector; the teacher's boundary is the same before and after.
+    """
+    method = AB([toy_net(0)], [toy_net(1)], ToyImages().spec(), taps=["stage2", "stage3:pre"])
     found = [(p.student, p.teacher) for p in method.pairs]
-    assert found == [("stage2", "stage2:pre"), ("stage3:pre", "stage3:pre")]
+    assert found == [("stage2", "stage2"), ("stage3:pre", "stage3:pre")]
+    assert [type(c) for c in method.connectors] == [nn.Sequential, nn.Identity]
+
+
+def test_a_student_without_taps_before_its_relu_can_still_learn_what_is_inactive():
+    """Every neuron of both is inactive: without a connector no gradient would reach the student."""
+    nets = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        body = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        nets.append(Net(nn.Sequential(*body, nn.Linear(4, 4)), {"stage1": "1"}, (3, 8, 8)))
+    method = AB(nets[:1], nets[1:], ToyImages().spec())
+    (pair,) = method.pairs
+    assert (pair.student, pair.teacher) == ("stage1", "stage1")
+    (update,) = method.phases()[0].turns[0].updates
+    out = method.init_forward(next(ToyImages().clean(16)), START)
+    found = update.gradients(update.loss(out), update.parameters, START)
+    assert len(found) == 5 and all(g.abs().sum() > 0 for g in (found[0], found[2]))
 
 
 # --- refusals

@@ -291,6 +291,14 @@ def test_docstring_names_the_paper(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_class_states_the_lengths_of_its_phases(name: str) -> None:
+    """Recipes are checked against them before there is a network."""
+    method = build(name)
+    stated = list(METHODS[name].lengths.items())
+    assert stated == [(phase.name, phase.epochs) for phase in method.phases()]
+
+
 @every_case
 def test_same_seed_same_weights(name: str) -> None:
     one, other = build(name), build(name)

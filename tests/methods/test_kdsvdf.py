@@ -101,7 +101,7 @@ def test_arguments_reach_their_places():
     method = kdsvdf(taps=["stage1"], teacher_taps=["stem"])
     assert [(p.student, p.teacher) for p in method.pairs] == [("stage1", "stem")]
     method = kdsvdf()
-    assert (method.vectors, method.extra, method.epochs) == (1, 3, 100)
+    assert (method.vectors, method.extra, dict(method.lengths)) == (1, 3, {"distill": 100})
     assert (method.gamma, method.alpha, method.temperature) == (1.0, 0.0, 4.0)
 
 

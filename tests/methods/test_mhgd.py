@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from potstill import engine
 from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Progress
-from potstill.methods.mhgd import MHGD, Estimates, Graphs, Heads, graph_divergence
+from potstill.methods.mhgd import MHAN, MHGD, Estimates, Graphs, graph_divergence
 from potstill.models import build
 from potstill.net import Captured, Net
 from potstill.optim import Constant, OptimizerPlan, sgd
@@ -76,9 +76,9 @@ def set_(layer: nn.Module, *rows: Sequence[float]) -> None:
         linear.weight.copy_(torch.tensor(rows))
 
 
-def hand_made(front: int, back: int, heads: int, **arguments: Any) -> Heads:
+def hand_made(front: int, back: int, heads: int, **arguments: Any) -> MHAN:
     """In eval mode and with BatchNorm that changes nothing: variance + eps is 1."""
-    made = Heads(front, back, heads, **arguments).eval()
+    made = MHAN(front, back, heads, **arguments).eval()
     for module in made.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.running_var.fill_(1 - 1e-5)
@@ -210,7 +210,7 @@ def test_the_parameters_are_those_of_the_page(
     front: int, back: int, attention: int, estimator: int
 ):
     """h = (D + E) / 2: h A (D + E) + 4 h A, and h D + 2 h + h A E + E."""
-    heads = Heads(front, back)
+    heads = MHAN(front, back)
     counts = [sum(p.numel() for p in m.parameters()) for m in (heads.theta, heads.phi)]
     assert sum(counts) == attention
     counts = [sum(p.numel() for p in m.parameters()) for m in (heads.f1, heads.f2)]
@@ -220,7 +220,7 @@ def test_the_parameters_are_those_of_the_page(
 
 def test_the_width_of_a_head_is_rounded_down():
     """(4 + 7) / 2 = 5."""
-    heads = Heads(4, 7, 3)
+    heads = MHAN(4, 7, 3)
     assert [tuple(m[0].weight.shape) for m in (heads.theta, heads.phi, heads.f1)] == [
         (15, 7),
         (15, 4),
@@ -232,7 +232,7 @@ def test_the_width_of_a_head_is_rounded_down():
 def test_heads_begin_as_published():
     """He by fan-out, cut at twice the normal's own deviation; the estimator's bias 0."""
     torch.manual_seed(0)
-    heads = Heads(64, 128)
+    heads = MHAN(64, 128)
     for layer, fan_out in (
         (heads.theta[0], 768),
         (heads.phi[0], 768),
@@ -262,7 +262,7 @@ def test_scores_by_hand():
     close(heads.graph(front, back), torch.tensor(expected))
 
 
-def estimating() -> Heads:
+def estimating() -> MHAN:
     """One head of width 1. theta is the first component of the back, phi ln 3 / 2 of the front."""
     heads = hand_made(1, 2, 1)
     set_(heads.theta, [1, 0])
@@ -315,7 +315,7 @@ def test_modules_are_summed_and_images_averaged_in_the_first_phase():
 # --- head dropping
 
 
-def along_heads(heads: int, **arguments: Any) -> Heads:
+def along_heads(heads: int, **arguments: Any) -> MHAN:
     """One or two heads. h = 1, f1 = 3 for all, f2 the identity: an estimate is along those kept."""
     made = hand_made(1, heads, heads, **arguments)
     set_(made.f1, [3])
@@ -341,7 +341,7 @@ def test_of_two_heads_the_one_with_more_noise_is_kept():
 def test_heads_are_dropped_by_image_and_some_always_stay():
     """1 / sqrt(k) along each of the k heads kept of 8; 1 to 7 of them, other ones by image."""
     torch.manual_seed(0)
-    heads = Heads(1, 15).eval()
+    heads = MHAN(1, 15).eval()
     with torch.no_grad():
         heads.f2.weight.zero_()
         heads.f2.weight[:8].copy_(torch.eye(64)[:8])  # the first component of every head
@@ -408,7 +408,7 @@ def normed_by_loops(x: Tensor, norm: nn.BatchNorm1d, training: bool) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def scores_by_loops(heads: Heads, front: Tensor, back: Tensor, training: bool) -> list[Any]:
+def scores_by_loops(heads: MHAN, front: Tensor, back: Tensor, training: bool) -> list[Any]:
     theta = normed_by_loops(back @ heads.theta[0].weight.T, heads.theta[1], training)
     phi = normed_by_loops(front @ heads.phi[0].weight.T, heads.phi[1], training)
     n, count = len(front), heads.count

@@ -149,7 +149,7 @@ def test_the_matching_comes_and_goes(epoch: int, weight: float):
     out = outputs(U, TARGET, progress=Progress(epoch // 10, epoch, 240, 240))
     close(norm(segments=2, beta=2.0).loss(out)["norm"].item(), 6.0 * weight)
     close(norm(segments=2, ramp=False).loss(out)["norm"].item(), 3.0)
-    assert norm().epochs == 240
+    assert norm().lengths == {"distill": 240}
 
 
 def test_a_larger_map_of_the_teacher_is_max_pooled():

@@ -89,9 +89,11 @@ def aligned(candidates: Tensor, target: Tensor) -> Tensor:
     """For each target the candidate nearest in direction, turned to its side.
 
     (B, D, n), (B, D, K) -> (B, D, K). Nearest is the first of those with the largest absolute
-    cosine; one of 0 keeps its sign. The choice is a constant to the gradient.
+    cosine; one of 0 keeps its sign. What is aligned to a target of zeros is zero. The choice is a
+    constant to the gradient.
     """
     cosine = target.detach().mT @ candidates.detach()
     best = cosine.abs().argmax(dim=2, keepdim=True)
     turn = torch.where(cosine.gather(2, best) < 0, -1.0, 1.0).to(candidates).mT
+    turn = turn * target.detach().ne(0).any(dim=1, keepdim=True)
     return turn * candidates.gather(2, best.mT.expand(-1, candidates.shape[1], -1))

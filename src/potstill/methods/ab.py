@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from potstill.connectors import Connected, connectors_between
+from potstill.connectors import Connected, connector
 from potstill.errors import MethodError, by
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.methods.kd import require_same_classes, supervision
@@ -23,17 +23,18 @@ class AB(Method):
     init:    loss = beta * sum_i 2^(i - n) * d(c_i(student_i), teacher_i), i = 1..n
     distill: loss = CE, or KL(teacher || student at temperature T) where stage2 is "kd"
 
-    Maps are taken before the ReLU. d is the `boundary_distance`, c a connector where the student's
-    map is not as wide as the teacher's. The init phase reads no labels and trains what the maps
-    depend on, and the connectors; the second phase is the student's alone, with fresh momentum.
-    "kd", without T^2 and labels, is the second stage that the authors released; "ce", in which no
-    teacher runs, is that of RepDistiller and of the code around MHGD, which also has the 40 epochs:
-    the authors' number is not known. Their code has the teacher in train mode in the init phase, so
-    that its averages drift, and RepDistiller has the student in eval mode, so that its averages
-    stay as they began; here it is the other way round.
+    Maps are taken before the ReLU where the network has such a tap. d is the `boundary_distance`,
+    c a connector where the student's map is not as wide as the teacher's, or is never negative; of
+    the teacher's only the signs count, which a ReLU does not change. The init phase reads no labels
+    and trains what the maps depend on, and the connectors; the second phase is the student's alone,
+    with fresh momentum. "kd", without T^2 and labels, is the second stage that the authors
+    released; "ce", in which no teacher runs, is that of RepDistiller and of the code around MHGD,
+    which also has the 40 epochs: the authors' number is not known. Their code has the teacher in
+    train mode in the init phase, so that its averages drift, and RepDistiller has the student in
+    eval mode, so that its averages stay as they began; here it is the other way round.
     """
 
-    epochs = 100
+    lengths: ClassVar[Mapping[str, int]] = {"init": 40, "distill": 100}
 
     def __init__(
         self,
@@ -50,6 +51,10 @@ class AB(Method):
         super().__init__(students, teachers, data)
         if stage2 not in ("ce", "kd"):
             raise MethodError(f"AB: stage2 is {stage2!r}; give 'ce' or 'kd'")
+        if beta <= 0 or margin <= 0:
+            raise MethodError(
+                f"AB's first phase needs beta and margin above 0, but they are {beta} and {margin}"
+            )
         self.pairs = stage_pairs(
             self, taps, teacher_taps, form="pre", teacher_form="pre", by="size"
         )
@@ -63,7 +68,14 @@ class AB(Method):
                 )
         if stage2 == "kd":
             require_same_classes(self)
-        self.connectors = connectors_between(self.pairs)
+        found = self.student.probe()
+        self.connectors = nn.ModuleList(
+            nn.Identity()
+            if c == d and found[pair.student].min() < 0
+            else connector(c, d)  # after its ReLU a map could not become negative
+            for pair in self.pairs
+            for c, d in [(pair.shape[0], pair.teacher_shape[0])]
+        )
         self.beta, self.margin, self.temperature = beta, margin, temperature
         self.stage2 = stage2
 
@@ -101,14 +113,16 @@ class AB(Method):
         return supervision(out, gamma, alpha, self.temperature, t_squared=False)
 
     def phases(self) -> Sequence[Phase]:
-        """The first, in which nothing predicts yet, is 40 epochs long."""
+        """In "init" nothing predicts yet; then "distill"."""
         backbone = self.student.parameters_before(*(pair.student for pair in self.pairs))
         first = Update("init", self.init_loss, [*backbone, *self.connectors.parameters()])
         student = [p for p in self.student.parameters() if p.requires_grad]
         second = Update("student", self.loss, student)
         return [
-            Phase("init", [Turn(self.init_forward, [first])], 40, predictors=lambda: {}),
-            Phase("distill", [Turn(self.__call__, [second])], self.epochs),
+            Phase(
+                "init", [Turn(self.init_forward, [first])], self.lengths["init"], predictors=dict
+            ),
+            Phase("distill", [Turn(self.__call__, [second])], self.lengths["distill"]),
         ]
 
 

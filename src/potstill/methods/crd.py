@@ -196,7 +196,11 @@ class CRD(Method):
 
     def phases(self) -> Sequence[Phase]:
         update = Update("student", self.loss, self.trainable())
-        return [Phase("distill", [Turn(self.__call__, [update], self.remember)], self.epochs)]
+        return [
+            Phase(
+                "distill", [Turn(self.__call__, [update], self.remember)], self.lengths["distill"]
+            )
+        ]
 
 
 def unit(x: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.connectors import Connected, connectors_between
+from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.methods.kd import require_same_classes, require_supervision, supervision
 from potstill.net import Net
@@ -32,7 +34,7 @@ class FSP(Method):
     the stages: name it in `taps`.
     """
 
-    epochs = 100
+    lengths: ClassVar[Mapping[str, int]] = {"init": 40, "distill": 100}
 
     def __init__(
         self,
@@ -50,6 +52,8 @@ class FSP(Method):
         self.pairs = stage_pairs(
             self, taps, teacher_taps, form="post", teacher_form="post", fewest=2
         )
+        if beta <= 0:
+            raise MethodError(f"FSP's first phase needs beta above 0, but it is {beta}")
         require_supervision(self, gamma, alpha)
         if alpha:
             require_same_classes(self)
@@ -90,14 +94,16 @@ class FSP(Method):
         return supervision(out, self.gamma, self.alpha, self.temperature)
 
     def phases(self) -> Sequence[Phase]:
-        """The first, in which nothing predicts yet, is 40 epochs long."""
+        """In "init" nothing predicts yet; then "distill"."""
         backbone = self.student.parameters_before(*(pair.student for pair in self.pairs))
         first = Update("init", self.init_loss, [*backbone, *self.connectors.parameters()])
         student = [p for p in self.student.parameters() if p.requires_grad]
         second = Update("student", self.loss, student)
         return [
-            Phase("init", [Turn(self.init_forward, [first])], 40, predictors=lambda: {}),
-            Phase("distill", [Turn(self.__call__, [second])], self.epochs),
+            Phase(
+                "init", [Turn(self.init_forward, [first])], self.lengths["init"], predictors=dict
+            ),
+            Phase("distill", [Turn(self.__call__, [second])], self.lengths["distill"]),
         ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class KDSVD(Method):
     the student's weights are together.
     """
 
-    epochs = 100
+    lengths: ClassVar[Mapping[str, int]] = {"distill": 100}
     taps_needed = 2
 
     def __init__(
@@ -63,6 +64,8 @@ class KDSVD(Method):
                 f"{type(self).__name__} compresses a map to vectors=1 or more, among which the "
                 f"student has extra=0 or more to choose, but they are {vectors} and {extra}"
             )
+        if bandwidth <= 0:
+            raise MethodError(f"KDSVD's bandwidth must be above 0, but it is {bandwidth}")
         for pair in self.pairs:
             d, h, w = pair.teacher_shape
             if min(d, h * w) < vectors:
@@ -114,9 +117,9 @@ class KDSVD(Method):
 
     def phases(self) -> Sequence[Phase]:
         """One, "distill"; the transfer's gradient is clipped by the target's, tensor by tensor."""
-        gradients = clipped("svd", own=list(self.connectors.parameters()))
+        gradients = clipped("svd", list(self.connectors.parameters()))
         update = Update("student", self.loss, self.trainable(), gradients)
-        return [Phase("distill", [Turn(self.__call__, [update])], self.epochs)]
+        return [Phase("distill", [Turn(self.__call__, [update])], self.lengths["distill"])]
 
 
 def compressed(

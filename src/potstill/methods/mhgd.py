@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Estimates(Outputs):
     """What the first phase compares, by module."""
 
     estimates: Sequence[Tensor]
-    """(N, D) of unit length; likewise the targets."""
+    """(N, D), of unit length or zero; likewise the targets."""
     targets: Sequence[Tensor]
 
 
@@ -44,8 +45,8 @@ class Graphs(Outputs):
     """(A, N, N), the teacher's."""
 
 
-class Heads(nn.Module):
-    """Multi-head attention from one tap's vectors to the next one's, with its estimator.
+class MHAN(nn.Module):
+    """Multi-head attention network from one tap's vectors to the next one's, with its estimator.
 
     `front` is D, `back` E wide; their mean, rounded down, is the width h of a head. h A (D + E) +
     4 h A parameters of attention; h D + 2 h + h A E + E of the estimator.
@@ -113,7 +114,7 @@ class MHGD(Method):
                transfer = sum over modules, heads and images of KL(student's row || teacher's row)
 
     A graph tells which images' vectors at one tap, the front, explain an image's at the next, the
-    back: see `Heads`, one a pair of consecutive taps. A vector is the leading right singular vector
+    back: see `MHAN`, one a pair of consecutive taps. A vector is the leading right singular vector
     of a map, the student's the nearest of its leading four, turned to the teacher's side. The heads
     learn on the teacher, then are frozen, their BatchNorm too, and read both networks; rows are
     softmax(tanh(.)) over the batch of all ranks. The transfer has no weight, its gradient is
@@ -123,11 +124,12 @@ class MHGD(Method):
     the code's: in the first phase each image drops the heads whose Gaussian noise is below their
     mean. Not in the paper, and nothing is dropped of a single head, which would always be. The
     teacher's vectors are turned so that their sum is positive, in both phases: the paper leaves
-    the sign to the solver. Maps of unequal width: the student's goes through a connector, which
-    the transfer alone trains, clipped as the student's weights are together.
+    the sign to the solver. An estimate shorter than 1e-3 counts as none. Maps of unequal width: the
+    student's goes through a connector, which the transfer alone trains, clipped as the student's
+    weights are together.
     """
 
-    epochs = 100
+    lengths: ClassVar[Mapping[str, int]] = {"heads": 20, "distill": 100}
 
     def __init__(
         self,
@@ -158,7 +160,7 @@ class MHGD(Method):
             require_same_classes(self)
         widths = [pair.teacher_shape[0] for pair in self.pairs]
         self.heads = nn.ModuleList(
-            Heads(front, back, heads, head_dropping) for front, back in itertools.pairwise(widths)
+            MHAN(front, back, heads, head_dropping) for front, back in itertools.pairwise(widths)
         )
         self.connectors = connectors_between(self.pairs)
         self.gamma, self.alpha, self.temperature = gamma, alpha, temperature
@@ -232,9 +234,9 @@ class MHGD(Method):
             "student",
             self.loss,
             [p for p in moved if p.requires_grad],
-            clipped("graph", own=list(self.connectors.parameters())),
+            clipped("graph", list(self.connectors.parameters())),
         )
         return [
-            Phase("heads", [Turn(self.estimate, [heads])], 20, predictors=lambda: {}),
-            Phase("distill", [Turn(self.__call__, [student])], self.epochs),
+            Phase("heads", [Turn(self.estimate, [heads])], self.lengths["heads"], predictors=dict),
+            Phase("distill", [Turn(self.__call__, [student])], self.lengths["distill"]),
         ]

@@ -208,8 +208,8 @@ def svd(files: Sequence[Path]) -> list[str]:
         "## Singular vectors: forward and backward of a batch\n",
         "`right_singular_vectors` (four of each image) beside `torch.linalg.svd` and its own\n"
         "backward, in turns: medians in milliseconds, and the ratio with quartiles, of noise\n"
-        "after a ReLU. With one channel in eight dead, torch's gradient is not finite in maps that\n"
-        "have at least as many positions as channels.\n",
+        "after a ReLU. With one channel in eight dead, torch's gradient is not finite in maps\n"
+        "that have at least as many positions as channels.\n",
     ]
     head = ["map", "ms", "torch's ms", "torch's / ours", "quartiles", "dead: ours, torch's finite"]
     lines = []

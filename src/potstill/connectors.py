@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from potstill import distributed
 from potstill.errors import MethodError
-from potstill.method import Method, Outputs
+from potstill.method import Batch, Method, Outputs, Progress
 from potstill.pairing import Pair
 
 
@@ -21,6 +21,20 @@ class Connected(Outputs):
 
     mapped: Sequence[Tensor]
     """The student's features as those layers give them, float32."""
+
+
+def connect(
+    method: Method,
+    batch: Batch,
+    progress: Progress,
+    connectors: Iterable[nn.Module],
+    pairs: Iterable[Pair],
+) -> Connected:
+    """Run a method's two networks, and a connector on the student's map of each pair."""
+    student, teachers = method.student(batch.image), method.teach(batch)
+    layers = zip(connectors, pairs, strict=True)
+    mapped = [layer(student[pair.student]) for layer, pair in layers]
+    return Connected(batch, progress, [student], teachers, mapped)
 
 
 def connector(channels: int, out_channels: int) -> nn.Sequential:

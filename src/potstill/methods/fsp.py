@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.connectors import Connected, connectors_between
+from potstill.connectors import Connected, connect, connectors_between
 from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.methods.kd import require_same_classes, require_supervision, supervision
@@ -69,10 +69,7 @@ class FSP(Method):
         self, batch: Batch, progress: Progress, previous: Outputs | None = None
     ) -> Connected:
         """Run both networks, and the connectors on the student's maps."""
-        student, teachers = self.student(batch.image), self.teach(batch)
-        layers = zip(self.connectors, self.pairs, strict=True)
-        mapped = [layer(student[pair.student]) for layer, pair in layers]
-        return Connected(batch, progress, [student], teachers, mapped)
+        return connect(self, batch, progress, self.connectors, self.pairs)
 
     def init_loss(self, out: Connected) -> Terms:
         """The weighted term "fsp"."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from potstill import distributed
 from potstill.clipping import clipped
-from potstill.connectors import Connected, connectors_between
+from potstill.connectors import Connected, connect, connectors_between
 from potstill.errors import MethodError, by
 from potstill.losses import aligned, right_singular_vectors, upright
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
@@ -90,10 +90,7 @@ class KDSVD(Method):
         self, batch: Batch, progress: Progress, previous: Outputs | None = None
     ) -> Connected:
         """Run both networks, and the connectors on the student's maps."""
-        student, teachers = self.student(batch.image), self.teach(batch)
-        layers = zip(self.connectors, self.pairs, strict=True)
-        mapped = [layer(student[pair.student]) for layer, pair in layers]
-        return Connected(batch, progress, [student], teachers, mapped)
+        return connect(self, batch, progress, self.connectors, self.pairs)
 
     def loss(self, out: Connected) -> Terms:
         """The weighted terms "ce" and "kd", where their weights are not 0, and "svd"."""

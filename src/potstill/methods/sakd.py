@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.connectors import Connected, connector
+from potstill.connectors import Connected, connect, connector
 from potstill.errors import MethodError, by
 from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
@@ -86,10 +86,7 @@ class SAKD(Method):
         self, batch: Batch, progress: Progress, previous: Outputs | None = None
     ) -> Connected:
         """Run both networks, and the connectors on the student's maps."""
-        student, teachers = self.student(batch.image), self.teach(batch)
-        layers = zip(self.connectors, self.pairs, strict=True)
-        mapped = [layer(student[pair.student]) for layer, pair in layers]
-        return Connected(batch, progress, [student], teachers, mapped)
+        return connect(self, batch, progress, self.connectors, self.pairs)
 
     def loss(self, out: Connected) -> Terms:
         """The weighted terms "ce" and "sad", and "kd" where alpha is not 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -45,6 +46,11 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> None:
     print(f"potstill: {message}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # a rank that ends where others had ended before may be aborted by the destructors of
+        # torch's process groups, also of one that it has left, and its exit code would be lost
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

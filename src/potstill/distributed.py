@@ -32,7 +32,7 @@ def together() -> Iterator[None]:
         yield
         barrier()  # a rank that tears down early breaks the others' last collective
     finally:
-        if dist.is_initialized():  # at exit, threads of a group that still exists end the process
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

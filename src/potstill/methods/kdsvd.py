@@ -39,7 +39,8 @@ class KDSVD(Method):
     """
 
     lengths: ClassVar[Mapping[str, int]] = {"distill": 100}
-    taps_needed = 2
+    pairs_needed: ClassVar[int] = 2
+    """Fewest pairs of maps: a relation is of two."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class KDSVD(Method):
     ) -> None:
         super().__init__(students, teachers, data)
         self.pairs = stage_pairs(
-            self, taps, teacher_taps, form="post", teacher_form="post", fewest=self.taps_needed
+            self, taps, teacher_taps, form="post", teacher_form="post", fewest=self.pairs_needed
         )
         if vectors < 1 or extra < 0:
             raise MethodError(

@@ -22,7 +22,7 @@ class KDSVDF(KDSVD):
     matter little.
     """
 
-    taps_needed = 1
+    pairs_needed = 1
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,8 @@ def job(
         changes.append(f"data.batch_size={batch_size}")
     if METHODS[method].teachers_needed[0]:
         changes += [f"teachers.0.name={setting.pair[0]}", f"teachers.0.weights={setting.teacher}"]
-    published = load(name, changes).epochs
-    phases = len(published) if isinstance(published, Mapping) else 1
-    return training.assemble(load(name, [*changes, f"epochs={epochs or phases}"]))
+    changes.append(f"epochs={epochs or len(METHODS[method].lengths)}")
+    return training.assemble(load(name, changes))
 
 
 def peak_bytes(device: torch.device) -> int:

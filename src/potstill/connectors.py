@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from potstill import distributed
 from potstill.errors import MethodError
-from potstill.method import Batch, Method, Outputs, Progress
+from potstill.method import Batch, Method, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.pairing import Pair
 
 
@@ -48,14 +48,40 @@ def connector(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 
-def connectors_between(pairs: Sequence[Pair]) -> nn.ModuleList:
-    """One a pair: a `connector` to the teacher's width, nothing where the widths are equal."""
+def connectors_between(pairs: Sequence[Pair], always: Container[str] = ()) -> nn.ModuleList:
+    """One a pair: a `connector` to the teacher's width, nothing where the widths are equal.
+
+    `always` are taps of the student that have one at equal widths too.
+    """
     return nn.ModuleList(
         nn.Identity()
-        if pair.shape[0] == pair.teacher_shape[0]
+        if pair.shape[0] == pair.teacher_shape[0] and pair.student not in always
         else connector(pair.shape[0], pair.teacher_shape[0])
         for pair in pairs
     )
+
+
+def init_then_distill(
+    method: Method,
+    forward: Callable[[Batch, Progress, Outputs | None], Connected],
+    loss: Callable[[Connected], Terms],
+    connectors: nn.Module,
+    pairs: Iterable[Pair],
+) -> list[Phase]:
+    """Phases of a method that begins with the teacher's features, then trains the student alone.
+
+    "init", with the forward and the loss given, moves what the student's taps depend on, and the
+    connectors; nothing predicts yet. "distill" is the method's own forward and loss.
+    """
+    backbone = method.student.parameters_before(*(pair.student for pair in pairs))
+    first = Update("init", loss, [*backbone, *connectors.parameters()])
+    student = [p for p in method.student.parameters() if p.requires_grad]
+    second = Update("student", method.loss, student)
+    init, distill = method.lengths["init"], method.lengths["distill"]
+    return [
+        Phase("init", [Turn(forward, [first])], init, predictors=dict),
+        Phase("distill", [Turn(method.__call__, [second])], distill),
+    ]
 
 
 def require_whole_batches(method: Method, what: str) -> None:
@@ -64,11 +90,11 @@ def require_whole_batches(method: Method, what: str) -> None:
     `what` of the method is of the batch's size: "layers are as wide as".
     """
     data = method.data
-    rest = len(data.indices) % data.batch_size
-    if rest and not data.drop_last:
+    if data.rest:
         raise MethodError(
             f"{type(method).__name__}'s {what} data.batch_size, {data.batch_size}, but the last "
-            f"batch of an epoch of {len(data.indices)} images has {rest}; set data.drop_last=true"
+            f"batch of an epoch of {len(data.indices)} images has {data.rest}; set "
+            "data.drop_last=true"
         )
 
 
@@ -78,10 +104,13 @@ def require_two_images(method: Method) -> None:
     For methods that normalise vectors, or maps of one pixel, over the images of a batch.
     """
     data, ranks = method.data, distributed.world_size()
-    rest = 0 if data.drop_last else len(data.indices) % data.batch_size
     for images, which, change in (
         (data.batch_size, "a batch", "make data.batch_size larger"),
-        (rest, "the last batch of an epoch", "set data.drop_last=true or another data.batch_size"),
+        (
+            data.rest,
+            "the last batch of an epoch",
+            "set data.drop_last=true or another data.batch_size",
+        ),
     ):
         if images == ranks:
             raise MethodError(

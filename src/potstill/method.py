@@ -63,6 +63,11 @@ class DataSpec(NamedTuple):
     """Per channel, in units of pixel / 255; likewise std."""
     std: tuple[float, ...]
 
+    @property
+    def rest(self) -> int:
+        """Images of the incomplete batch that ends an epoch of all; 0 where it is dropped."""
+        return 0 if self.drop_last else len(self.indices) % self.batch_size
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from potstill.connectors import Connected, connect, connector
+from potstill.connectors import Connected, connect, connectors_between, init_then_distill
 from potstill.errors import MethodError, by
-from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import stage_pairs
 
@@ -69,20 +69,15 @@ class AB(Method):
         if stage2 == "kd":
             require_same_classes(self)
         found = self.student.probe()
-        self.connectors = nn.ModuleList(
-            nn.Identity()
-            if c == d and found[pair.student].min() < 0
-            else connector(c, d)  # after its ReLU a map could not become negative
-            for pair in self.pairs
-            for c, d in [(pair.shape[0], pair.teacher_shape[0])]
-        )
+        # after its ReLU a map could not become negative
+        active = {p.student for p in self.pairs if found[p.student].min() >= 0}
+        self.connectors = connectors_between(self.pairs, active)
         self.beta, self.margin, self.temperature = beta, margin, temperature
         self.stage2 = stage2
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {pair.teacher for pair in self.pairs}
-        return frozenset(taps | {"logits"} if self.stage2 == "kd" else taps)
+        return teacher_outputs((pair.teacher for pair in self.pairs), self.stage2 == "kd")
 
     def init_forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None
@@ -111,16 +106,9 @@ class AB(Method):
 
     def phases(self) -> Sequence[Phase]:
         """In "init" nothing predicts yet; then "distill"."""
-        backbone = self.student.parameters_before(*(pair.student for pair in self.pairs))
-        first = Update("init", self.init_loss, [*backbone, *self.connectors.parameters()])
-        student = [p for p in self.student.parameters() if p.requires_grad]
-        second = Update("student", self.loss, student)
-        return [
-            Phase(
-                "init", [Turn(self.init_forward, [first])], self.lengths["init"], predictors=dict
-            ),
-            Phase("distill", [Turn(self.__call__, [second])], self.lengths["distill"]),
-        ]
+        return init_then_distill(
+            self, self.init_forward, self.init_loss, self.connectors, self.pairs
+        )
 
 
 def boundary_distance(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:

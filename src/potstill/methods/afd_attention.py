@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from potstill.connectors import require_two_images
 from potstill.errors import MethodError, TapError
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import Role, map_shape, network, nothing_to_compare
 
@@ -78,8 +78,7 @@ class AFDAttention(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = set(self.teacher_taps)
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs(self.teacher_taps, self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

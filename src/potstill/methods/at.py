@@ -8,7 +8,7 @@ import torch
 
 from potstill.losses import attention_map_distance
 from potstill.method import DataSpec, Method, Outputs, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import stage_pairs
 
@@ -47,8 +47,7 @@ class AT(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {pair.teacher for pair in self.pairs}
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs((pair.teacher for pair in self.pairs), self.alpha)
 
     def loss(self, out: Outputs) -> Terms:
         """The weighted terms "ce" and "at", and "kd" where alpha is not 0."""

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from potstill import distributed
 from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import feature_shape
 
@@ -128,7 +128,7 @@ class CRD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({self.teacher_tap, "logits"} if self.alpha else {self.teacher_tap})
+        return teacher_outputs([self.teacher_tap], self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

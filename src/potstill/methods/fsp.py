@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from potstill.connectors import Connected, connect, connectors_between
+from potstill.connectors import Connected, connect, connectors_between, init_then_distill
 from potstill.errors import MethodError
-from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.kd import require_same_classes, require_supervision, supervision
+from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms
+from potstill.methods.kd import (
+    require_same_classes,
+    require_supervision,
+    supervision,
+    teacher_outputs,
+)
 from potstill.net import Net
 from potstill.pairing import stage_pairs
 
@@ -62,8 +67,7 @@ class FSP(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {pair.teacher for pair in self.pairs}
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs((pair.teacher for pair in self.pairs), self.alpha)
 
     def init_forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None
@@ -92,16 +96,9 @@ class FSP(Method):
 
     def phases(self) -> Sequence[Phase]:
         """In "init" nothing predicts yet; then "distill"."""
-        backbone = self.student.parameters_before(*(pair.student for pair in self.pairs))
-        first = Update("init", self.init_loss, [*backbone, *self.connectors.parameters()])
-        student = [p for p in self.student.parameters() if p.requires_grad]
-        second = Update("student", self.loss, student)
-        return [
-            Phase(
-                "init", [Turn(self.init_forward, [first])], self.lengths["init"], predictors=dict
-            ),
-            Phase("distill", [Turn(self.__call__, [second])], self.lengths["distill"]),
-        ]
+        return init_then_distill(
+            self, self.init_forward, self.init_loss, self.connectors, self.pairs
+        )
 
 
 def fsp_matrix(front: Tensor, back: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +62,11 @@ def supervision(
         (teacher,) = out.teachers
         terms["kd"] = alpha * soft_kl(student.logits, teacher.logits, temperature, t_squared)
     return terms
+
+
+def teacher_outputs(taps: Iterable[str], alpha: float) -> frozenset[str]:
+    """`Method.reads` of one that compares taps, and logits where the KD term has a weight."""
+    return frozenset({*taps, "logits"} if alpha else taps)
 
 
 def require_supervision(method: Method, gamma: float, alpha: float) -> None:

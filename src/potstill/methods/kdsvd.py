@@ -17,7 +17,12 @@ from potstill.connectors import Connected, connect, connectors_between
 from potstill.errors import MethodError, by
 from potstill.losses import aligned, right_singular_vectors, upright
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.kd import require_same_classes, require_supervision, supervision
+from potstill.methods.kd import (
+    require_same_classes,
+    require_supervision,
+    supervision,
+    teacher_outputs,
+)
 from potstill.net import Net
 from potstill.pairing import stage_pairs
 
@@ -84,8 +89,7 @@ class KDSVD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {pair.teacher for pair in self.pairs}
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs((pair.teacher for pair in self.pairs), self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

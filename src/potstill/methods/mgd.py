@@ -17,7 +17,7 @@ from potstill.connectors import Connected
 from potstill.errors import MethodError
 from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import last_map
 
@@ -79,7 +79,7 @@ class MGD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({self.teacher_tap, "logits"} if self.alpha else {self.teacher_tap})
+        return teacher_outputs([self.teacher_tap], self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

@@ -21,7 +21,12 @@ from potstill.connectors import connectors_between, require_whole_batches
 from potstill.errors import MethodError
 from potstill.losses import aligned, right_singular_vectors, upright
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.kd import require_same_classes, require_supervision, supervision
+from potstill.methods.kd import (
+    require_same_classes,
+    require_supervision,
+    supervision,
+    teacher_outputs,
+)
 from potstill.net import Captured, Net, running_statistics
 from potstill.pairing import stage_pairs
 
@@ -167,8 +172,7 @@ class MHGD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {pair.teacher for pair in self.pairs}
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs((pair.teacher for pair in self.pairs), self.alpha)
 
     def vectors(self, teacher: Captured) -> list[Tensor]:
         """The teacher's by tap, of this rank's images. (B, D) each"""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.connectors import Connected
 from potstill.errors import MethodError, TapError, by
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.models.architecture import he_fan_out_
 from potstill.net import Captured, Net, in_full
 from potstill.pairing import Role, Shape, last_map, map_shape, network
@@ -108,7 +108,7 @@ class NORM(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({self.teacher_tap, "logits"} if self.alpha else {self.teacher_tap})
+        return teacher_outputs([self.teacher_tap], self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

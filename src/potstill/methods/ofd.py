@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from potstill.connectors import Connected, connect, connector
 from potstill.errors import MethodError, TapError, by
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import Pair, stage_pairs
 
@@ -72,8 +72,7 @@ class OFD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {pair.teacher for pair in self.pairs}
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs((pair.teacher for pair in self.pairs), self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

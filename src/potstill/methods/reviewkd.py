@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from potstill.connectors import Connected, require_two_images
 from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import Pair, Role, Shape, network, stage_pairs
 
@@ -74,8 +74,7 @@ class ReviewKD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {level.teacher for level in self.levels}
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs((level.teacher for level in self.levels), self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from potstill import distributed
 from potstill.method import DataSpec, Method, Outputs, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net, in_full
 from potstill.pairing import feature_shape
 
@@ -52,7 +52,7 @@ class RKD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({self.teacher_tap, "logits"} if self.alpha else {self.teacher_tap})
+        return teacher_outputs([self.teacher_tap], self.alpha)
 
     def loss(self, out: Outputs) -> Terms:
         """The weighted terms "ce", "kd", "distance" and "angle"; none whose weight is 0."""

@@ -17,7 +17,7 @@ from potstill.connectors import Connected, connect, connector
 from potstill.errors import MethodError, by
 from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import stage_pairs
 
@@ -79,8 +79,7 @@ class SAKD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = {pair.teacher for pair in self.pairs}
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs((pair.teacher for pair in self.pairs), self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

@@ -15,7 +15,7 @@ from potstill.connectors import require_whole_batches
 from potstill.errors import MethodError
 from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_same_classes, supervision
+from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import Shape, map_shape, nothing_to_compare
 
@@ -92,8 +92,7 @@ class SemCKD(Method):
 
     @property
     def reads(self) -> frozenset[str]:
-        taps = set(self.teacher_taps)
-        return frozenset(taps | {"logits"} if self.alpha else taps)
+        return teacher_outputs(self.teacher_taps, self.alpha)
 
     def forward(
         self, batch: Batch, progress: Progress, previous: Outputs | None = None

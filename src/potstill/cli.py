@@ -158,6 +158,10 @@ def _print_result(run: Run, place: Path, console: Any) -> None:
         )
         chosen = ", chosen on the test set, not a result" if best["split"] == "test" else ""
         console.print(f"{line}{chosen})", highlight=False, soft_wrap=True)
+    students = [s["top1"] for name, s in result["scores"].items() if name.startswith("student")]
+    if len(students) > 1:
+        mean = sum(students) / len(students)
+        console.print(f"mean of {len(students)} students: {mean:.2f} % top-1", highlight=False)
     console.print(
         f"{result['images_per_second']:,.0f} images/s, {result['seconds']:,.0f} s; run: {place}",
         highlight=False,

@@ -48,6 +48,15 @@ def connector(channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 
+def transfer(channels: int, out_channels: int) -> nn.Sequential:
+    """1x1 convolution without bias, BatchNorm, ReLU. (B, C, H, W) -> (B, D, H, W)
+
+    For a map that meets one after its ReLU; PyTorch's default initialisation.
+    """
+    conv = nn.Conv2d(channels, out_channels, 1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
+
+
 def connectors_between(pairs: Sequence[Pair], always: Container[str] = ()) -> nn.ModuleList:
     """One a pair: a `connector` to the teacher's width, nothing where the widths are equal.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
 
 from potstill.engine import Moment
 
@@ -49,17 +50,35 @@ def duration(seconds: float) -> str:
 
 
 def epoch_line(record: Mapping[str, Any]) -> str:
-    """One finished epoch in one line, from its record in metrics.jsonl."""
-    spent = record["time"]
+    """One finished epoch, from its record in metrics.jsonl.
+
+    In one line; where several updates have terms of their own, these are in a second one.
+    """
+    spent, terms = record["time"], record["terms"]
+    several = any("." in name for name in terms)
     parts = [f"{record['phase']} epoch {record['epoch']}"]
-    parts += [f"{name} {value:.4f}" for name, value in record["terms"].items()]
-    parts += [
-        f"{name} {score['top1']:.2f} % {record['split']}"
-        for name, score in record["scores"].items()
-    ]
+    if not several:
+        parts += [f"{name} {value:.4f}" for name, value in terms.items()]
+    parts += accuracies(record)
     if spent["seconds"]:
         parts.append(f"{spent['images'] / spent['seconds']:,.0f} images/s")
-    return " · ".join(parts)
+    line = " · ".join(parts)
+    return f"{line}\n  {' · '.join(_by_update(terms))}" if several else line
+
+
+def accuracies(record: Mapping[str, Any]) -> list[str]:
+    """Top-1 of every predictor that an epoch was evaluated with."""
+    found = record["scores"].items()
+    return [f"{name} {score['top1']:.2f} % {record['split']}" for name, score in found]
+
+
+def _by_update(terms: Mapping[str, float]) -> list[str]:
+    """ "update.term" by update: ["student0: ce 1.2000, kd 0.1000", ...]"""
+    updates: dict[str, list[str]] = {}
+    for name, value in terms.items():
+        update, _, term = name.partition(".")
+        updates.setdefault(update, []).append(f"{term} {value:.4f}")
+    return [f"{update}: {', '.join(found)}" for update, found in updates.items()]
 
 
 class Plain:
@@ -104,7 +123,8 @@ class Live:
         self.progress = Progress(
             BarColumn(bar_width=20),
             TaskProgressColumn(),
-            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
+            expand=True,  # or what does not fit on one line is cut off
             console=console,
             transient=True,
             auto_refresh=False,
@@ -112,6 +132,7 @@ class Live:
         self.task = self.progress.add_task("starting")
         self.speed = Speed()
         self.last = 0.0
+        self.accuracies: list[str] = []
 
     def __enter__(self) -> Live:
         self.progress.start()
@@ -136,25 +157,33 @@ class Live:
         self.speed.note(done, moment.images)
         if time.monotonic() - self.last > REFRESH_SECONDS:
             self.last = time.monotonic()
-            text = self.prefix + " · ".join(_standing(done, total, moment, self.speed))
+            standing = [*_standing(done, total, moment, self.speed), *self.accuracies]
+            text = self.prefix + " · ".join(standing)
             self.progress.update(self.task, completed=done, total=total, description=text)
             self.progress.refresh()
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Say how an epoch ended."""
+        """Say how an epoch ended; the bar goes on showing the last accuracies."""
+        self.accuracies = accuracies(record) or self.accuracies
         self.say(epoch_line(record))
 
 
 def _standing(done: int, total: int, moment: Moment, speed: Speed) -> list[str]:
     """Where a training stands. Reads the terms, so on a GPU it waits for them: twice a second."""
     rate, left = speed.read(total - done)
+    sums: dict[str, float] = {}  # of each update, where there are several
+    for name, term in moment.terms.items():
+        update = name.partition(".")[0]
+        sums[update] = sums.get(update, 0.0) + term.item()
+    losses = [f"{name} {value:.3f}" for name, value in sums.items()]
+    several = any("." in name for name in moment.terms)
     epoch = moment.epoch if moment.epoch_done else moment.epoch + 1
     return [
         f"{moment.phase} epoch {epoch}/{moment.epochs}",
         f"step {done}/{total}",
         f"{rate:,.0f} images/s",
         f"{duration(left)} left",
-        *(f"{name} {term.item():.3f}" for name, term in moment.terms.items()),
+        *(["loss " + ", ".join(losses)] if several else losses),
     ]
 
 

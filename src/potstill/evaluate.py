@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,19 +40,22 @@ def evaluate(
     """Scores of every predictor (image -> logits), in eval mode, float32, over all ranks.
 
     Every image is seen once, clean (centred, unflipped), so the figures do not depend on the batch
-    size but for rounding. Each module's mode is put back afterwards.
+    size but for rounding. Modules that several predictors have in common, as an ensemble and its
+    members, run once a batch. Each module's mode is put back afterwards.
     """
     modes = {m: m.training for predictor in predictors.values() for m in predictor.modules()}
     for predictor in predictors.values():
         predictor.eval()
     sums: dict[str, Tensor] = {}
     try:
-        for batch in images.clean(batch_size, sharded=True):
-            for name, predictor in predictors.items():
-                empty = torch.zeros(4, dtype=torch.float64, device=batch.label.device)
-                # a rank's share of a short last batch may be nothing, and still counts as its part
-                counted = _count(predictor(batch.image), batch.label) if len(batch.label) else empty
-                sums[name] = sums.get(name, empty) + counted
+        with _running_once(_in_common(predictors.values())):
+            for batch in images.clean(batch_size, sharded=True):
+                image, label = batch.image, batch.label
+                for name, predictor in predictors.items():
+                    empty = torch.zeros(4, dtype=torch.float64, device=label.device)
+                    # a rank's share of a short last batch may be nothing, and counts as its part
+                    counted = _count(predictor(image), label) if len(label) else empty
+                    sums[name] = sums.get(name, empty) + counted
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -59,6 +64,59 @@ def evaluate(
         top1, top5, loss, count = total.tolist()
         scores[name] = Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
     return scores
+
+
+def _in_common(predictors: Iterable[nn.Module]) -> list[nn.Module]:
+    """Modules of several predictors, without the parts of such modules."""
+    predictors = list(predictors)
+    times = Counter(module for predictor in predictors for module in set(predictor.modules()))
+
+    def topmost(module: nn.Module) -> Iterator[nn.Module]:
+        if times[module] > 1:
+            yield module
+        else:
+            for part in module.children():
+                yield from topmost(part)
+
+    return list(dict.fromkeys(m for predictor in predictors for m in topmost(predictor)))
+
+
+@contextmanager
+def _running_once(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, each module answers a tensor that it has just seen with what it gave then."""
+    changed = [m for m in modules if "forward" not in vars(m) and not _is_scripted(m)]
+    for module in changed:
+        module.forward = _Memory(module.forward)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward  # the instance's; the class has its own
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)  # its forward cannot be replaced
+
+
+class _Memory:
+    """A forward of one tensor that remembers its last call, unless one has been written into."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.last: tuple[Tensor, int, Tensor, int] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return self.forward(*args, **kwargs)
+        if self.last is not None:
+            given, version, output, output_version = self.last
+            same = given is args[0] and given._version == version
+            if same and output._version == output_version:
+                return output
+        output = self.forward(args[0])
+        if isinstance(output, Tensor):
+            self.last = args[0], args[0]._version, output, output._version
+        return output
 
 
 def _count(logits: Tensor, label: Tensor) -> Tensor:

@@ -174,6 +174,9 @@ class Method(nn.Module):
     teachers_needed: ClassVar[tuple[int, int | None]] = (1, 1)
     lengths: ClassVar[Mapping[str, int]] = {"distill": 240}
     """Published length of each phase, in epochs, by name, in order."""
+    published_optimizers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Of updates that the default optimiser would train wrongly: what a recipe that does not name
+    them is given, by update. Milestones are in epochs of the last phase's published length."""
     needs_input_gradient: ClassVar[bool] = False
     """Whether a loss differentiates the teacher with respect to the image."""
 
@@ -219,8 +222,13 @@ class Method(nn.Module):
 
     @property
     def nets(self) -> list[Net]:
-        """The students, typed."""
+        """The students, typed: what is run."""
         return list(self.students)  # type: ignore[arg-type]
+
+    @property
+    def networks(self) -> Sequence[Net]:
+        """The students as they were given, where a method runs them as parts of another network."""
+        return self.nets
 
     @property
     def student(self) -> Net:

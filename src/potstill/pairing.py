@@ -11,7 +11,8 @@ from potstill.errors import MethodError, TapError, by
 from potstill.method import Method
 from potstill.net import Net
 
-Role = Literal["student", "teacher"]
+Role = Literal["student", "teacher"] | int
+"""The student, the teacher, or one of several students by number."""
 Form = Literal["", "pre", "post"]
 Shape = tuple[int, int, int]
 
@@ -28,8 +29,15 @@ class Pair(NamedTuple):
 
 
 def network(method: Method, role: Role) -> Net:
-    """The student, or the teacher, of a method that has one of each."""
-    return method.student if role == "student" else method.teachers[0]
+    """The first student, the first teacher, or the student of that number."""
+    if role == "teacher":
+        return method.teachers[0]
+    return method.nets[0 if role == "student" else role]
+
+
+def called(role: Role) -> str:
+    """A role in words: "the student", "student 1"."""
+    return f"student {role}" if isinstance(role, int) else f"the {role}"
 
 
 def feature_shape(method: Method, role: Role, tap: str, argument: str) -> torch.Size:
@@ -40,7 +48,7 @@ def feature_shape(method: Method, role: Role, tap: str, argument: str) -> torch.
     try:
         return network(method, role).shape_of(tap)
     except TapError as error:
-        raise TapError(f"the {role}: {error}; choose {_example(argument)}") from None
+        raise TapError(f"{called(role)}: {error}; choose {_example(argument)}") from None
 
 
 def map_shape(method: Method, role: Role, tap: str, argument: str) -> Shape:
@@ -48,8 +56,8 @@ def map_shape(method: Method, role: Role, tap: str, argument: str) -> Shape:
     shape = feature_shape(method, role, tap, argument)
     if len(shape) != 3:
         raise MethodError(
-            f"{type(method).__name__} needs feature maps (C, H, W), but '{tap}' of the {role} is "
-            f"{tuple(shape)}; choose {_example(argument)} before the pooling"
+            f"{type(method).__name__} needs feature maps (C, H, W), but '{tap}' of {called(role)} "
+            f"is {tuple(shape)}; choose {_example(argument)} before the pooling"
         )
     return (shape[0], shape[1], shape[2])
 
@@ -75,11 +83,11 @@ def nothing_to_compare(
     maps = sorted(tap for tap, shape in shapes.items() if len(shape) == 3)
     if maps:
         return MethodError(
-            f"{name} compares feature maps, and no stages of the {role} are known; choose "
+            f"{name} compares feature maps, and no stages of {called(role)} are known; choose "
             f"{_example(argument)} among {maps}"
         )
     return MethodError(
-        f"{name} compares feature maps (C, H, W), and the {role} has none among its taps "
+        f"{name} compares feature maps (C, H, W), and {called(role)} has none among its taps "
         f"{sorted(shapes)}; name one with Net(..., taps=...), or use a method that reads the "
         "vector 'embed': rkd, crd"
     )

@@ -18,7 +18,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 from annotated_types import Ge, Gt, Lt
@@ -41,6 +50,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from potstill import strict_yaml
 from potstill.errors import RecipeError, StorageError, did_you_mean
+
+if TYPE_CHECKING:
+    from potstill.method import Method  # loads torch
 
 SHARED = "shared"
 """The key of an epochs mapping whose number all phases share before the named ones replace it."""
@@ -686,6 +698,7 @@ def _resolve(
             given.append(path)
             raw = _expanded(raw)  # the next override may reach into this one's value
     notes = [*_replaced(raw, original, given), *_drop_what_no_longer_fits(raw, original, given)]
+    notes += _drop_optimizers(raw, original, given)
     derived = raw.get("schedule_epochs") is None
     if derived:
         # {} is "the published lengths", said so that a second loading does not take them anew
@@ -705,8 +718,32 @@ def _resolve(
         raise RecipeError(list(dict.fromkeys(faults)), source)
     if faults := _phase_faults(recipe):
         raise RecipeError(faults, source)
-    recipe.notes.extend([*notes, *_never_reached(recipe)])
+    recipe, added = _with_published_optimizers(recipe)
+    recipe.notes.extend([*notes, *added, *_never_reached(recipe)])
     return recipe
+
+
+def _with_published_optimizers(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with the optimisers that its method was published with and it does not name."""
+    wanted = _method(recipe.method.name).published_optimizers
+    missing = [u for u in wanted if not any(k.split(".")[-1] == u for k in recipe.optimizers)]
+    if not missing:
+        return recipe, []
+    (*_, published), (*_, length) = (
+        phase_epochs(_lengths(recipe), epochs).values() for epochs in (None, recipe.schedule_epochs)
+    )
+    made, notes = {}, []
+    for update in missing:
+        plan = dict(wanted[update])
+        if "milestones" in (schedule := plan.get("schedule", {})):
+            milestones = [m * length / published for m in schedule["milestones"]]
+            plan["schedule"] = {**schedule, "milestones": milestones}
+        made[update] = _choose("optimizer", plan)
+        notes.append(
+            f"optimizers.{update} is not given: {recipe.method.name}'s published {plan['name']}, "
+            f"lr {plan['lr']:g}"
+        )
+    return recipe.model_copy(update={"optimizers": {**recipe.optimizers, **made}}), notes
 
 
 def _expanded(raw: dict[str, Any]) -> dict[str, Any]:
@@ -842,6 +879,28 @@ def _drop_what_no_longer_fits(
     return notes
 
 
+def _drop_optimizers(
+    raw: dict[str, Any], original: dict[str, Any], given: Sequence[_Path]
+) -> list[str]:
+    """Drop the file's optimisers for updates of a method that an override replaced; the notes."""
+    old, new = (_at(r, ("method", "name")) for r in (original, raw))
+    if old == new or not all(isinstance(n, str) and n in _choices("method") for n in (old, new)):
+        return []
+    there = _at(raw, ("optimizers",))
+    stale = [
+        update
+        for update in _method(old).published_optimizers.keys() - _method(new).published_optimizers
+        if _at(there, (update,)) is not None
+        and not any(path[:2] == ("optimizers", update) for path in given)
+    ]
+    for update in stale:
+        del there[update]
+    return [
+        f"method.name={new} drops optimizers.{update}, which it has no use for"
+        for update in sorted(stale)
+    ]
+
+
 def _replaced(raw: dict[str, Any], original: dict[str, Any], given: Sequence[_Path]) -> list[str]:
     """Notes on what the file said in mappings that an override replaced as a whole."""
     notes = []
@@ -882,9 +941,13 @@ def _phase_faults(recipe: Recipe) -> list[str]:
 
 
 def _lengths(recipe: Recipe) -> Mapping[str, int]:
+    return _method(recipe.method.name).lengths
+
+
+def _method(name: str) -> type[Method]:
     from potstill.methods import METHODS
 
-    return METHODS[recipe.method.name].lengths
+    return METHODS[name]
 
 
 def _at(root: Any, path: _Path) -> Any:

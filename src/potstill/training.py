@@ -429,7 +429,7 @@ def _evaluation_batch(images: datasets.Split) -> int:
 def _introduce(job: Assembled, watcher: Watcher) -> None:
     data, pace = job.data, job.pace
     for role, names, nets in (
-        ("student", job.names, job.method.students),
+        ("student", job.names, job.method.networks),
         ("teacher", job.teacher_names, job.method.teachers),
     ):
         for i, (name, net) in enumerate(zip(names, nets, strict=True)):

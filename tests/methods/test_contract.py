@@ -63,6 +63,12 @@ CASES: dict[str, Case] = {
     "kdsvd": Case(),
     "kdsvdf": Case(),
     "mhgd": Case(),
+    "dml": Case(students=3, teachers=0),
+    "one": Case(students=3, teachers=0, arguments={"ramp_epochs": 0}),
+    "l1": Case(students=2, teachers=0),
+    "l1_kd": Case(),
+    "ensemble_kd": Case(students=2, teachers=0),
+    "afd_online": Case(students=3, teachers=0, epochs=60),
     "two_optimizers": Case(),
     "alternating": Case(students=2, teachers=0),
     "pre_phase": Case(),
@@ -71,7 +77,7 @@ CASES: dict[str, Case] = {
     "relation": Case(),
 }
 every_case = pytest.mark.parametrize("name", list(ALL))
-PLANS = {"features": plan("adam", 1e-3), "critic": plan("adam", 1e-3)}
+PLANS = {name: plan("adam", 1e-3) for name in ("features", "critic", "discriminators")}
 
 
 @functools.cache

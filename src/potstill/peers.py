@@ -1,0 +1,104 @@
+"""Networks that are trained together and teach each other: what all such methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from potstill.errors import MethodError
+from potstill.method import DataSpec, Method, Phase, Terms, Turn, Update
+from potstill.net import Net
+from potstill.pairing import Role, Shape, last_map
+
+
+class Ensemble(nn.Module):
+    """Mean of the logits of several predictors. (B, C, H, W) -> (B, K)"""
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.stack([member(image) for member in self.members]).mean(dim=0)
+
+
+class Peers(Method):
+    """Base of methods whose students learn from each other: K networks and no teacher.
+
+    Every network is run once a step; then, at these parameters, each has its own gradient and its
+    own optimiser, "student0", "student1" and so on. A subclass states `loss_of`. What predicts is
+    every network, and the mean of their logits, "ensemble".
+    """
+
+    students_needed: ClassVar[tuple[int, int | None]] = (2, None)
+    teachers_needed = (0, 0)
+    lengths: ClassVar = {"distill": 300}
+
+    def __init__(self, students: Sequence[Net], teachers: Sequence[Net], data: DataSpec) -> None:
+        super().__init__(students, teachers, data)
+        require_different_students(self)
+
+    def loss_of(self, k: int, out: Any) -> Terms:
+        """Named terms of student k; no gradient of theirs may reach another student."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss_of(k, out)")
+
+    def trained_with(self, k: int) -> Sequence[nn.Module]:
+        """Modules that student k's optimiser moves: the network, and layers of its own if any."""
+        return [self.nets[k]]
+
+    def update_of(self, k: int) -> Update[Any]:
+        """The step of student k."""
+        modules = self.trained_with(k)
+        parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        return Update(self.name_of(k), partial(self.loss_of, k), parameters)
+
+    def name_of(self, k: int) -> str:
+        """What student k's update and predictor are called; "student" where there is one."""
+        return f"student{k}" if len(self.students) > 1 else "student"
+
+    def phases(self) -> Sequence[Phase]:
+        updates = [self.update_of(k) for k in range(len(self.students))]
+        return [Phase("distill", [Turn(self.__call__, updates)], self.lengths["distill"])]
+
+    def predictors(self) -> Mapping[str, nn.Module]:
+        """Every network, and "ensemble"."""
+        each = {self.name_of(k): net.predictor() for k, net in enumerate(self.nets)}
+        return {**each, "ensemble": Ensemble(each.values())}
+
+
+def require_different_students(method: Method) -> None:
+    """Raise MethodError where two students start from equal weights.
+
+    They see the same images, so they would predict the same for ever, or nearly.
+    """
+    weights = [list(net.parameters()) for net in method.nets]
+    for j, own in enumerate(weights):
+        for i, other in enumerate(weights[:j]):
+            if len(own) == len(other) and all(map(torch.equal, own, other)):
+                raise MethodError(
+                    f"{type(method).__name__}: students {i} and {j} start from equal weights and "
+                    "see the same images, so neither has anything to teach; initialise each anew"
+                )
+
+
+def last_maps(
+    method: Method, roles: Sequence[Role], taps: Sequence[str] | None
+) -> list[tuple[str, Shape]]:
+    """Name and (C, H, W) of one map of each network: the tap given, or the map that is pooled.
+
+    `taps` has one name a network, or one for all. Raises MethodError for another number of them,
+    and TapError or MethodError for what is no map.
+    """
+    names: Sequence[str | None] = [None] * len(roles)
+    if taps is not None:
+        names = list(taps) * len(roles) if len(taps) == 1 else taps
+        if len(names) != len(roles):
+            raise MethodError(
+                f"{type(method).__name__} reads one map of each of {len(roles)} networks, but taps "
+                f"has {len(names)} names; give one a network, or one for all"
+            )
+    return [last_map(method, role, name, "taps") for role, name in zip(roles, names, strict=True)]

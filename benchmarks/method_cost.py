@@ -1,6 +1,6 @@
 """One epoch of every method on 5,000 images: is it sound, how fast is it, how much memory.
 
-ResNet-56 teaches ResNet-20 on CIFAR-100 with each method's published recipe and one epoch for each
+ResNet-56 teaches ResNet-20 on CIFAR-100 with each method's shipped recipe and one epoch for each
 of its phases, so that ramps and milestones are shortened with it. Every method has a process of its
 own, which
 
@@ -43,8 +43,11 @@ from potstill import engine, training
 from potstill.methods import METHODS
 from potstill.recipe import load
 
-SETTINGS = {"crd": ["method.negatives=4096"]}
-"""A slice of 5,000 images has 4,950 of other classes, not 16,384."""
+SETTINGS = {"crd": ["method.negatives=4096"], "norm": ["method.ramp=false"]}
+"""A slice of 5,000 images has 4,950 of other classes, not 16,384. NORM's weight falls in the end,
+and its term with it, whatever is learnt."""
+TAUGHT = [name for name, method in METHODS.items() if method.teachers_needed[0]]
+"""The others are measured by online_cost.py."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Setting:
 def job(
     method: str, setting: Setting, batch_size: int | None = None, epochs: int | None = None
 ) -> training.Assembled:
-    """A method's published recipe on the slice, an epoch a phase unless told otherwise."""
+    """A method's shipped recipe on the slice, an epoch a phase unless told otherwise."""
     pair = "resnet20" if method == "vanilla" else "resnet56-resnet20"
     name = f"cifar100/{method.replace('_', '-')}-{pair}"
     changes = [f"data.name={setting.data}", f"data.subset={setting.images}"]
@@ -161,7 +164,9 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=5000, help="of the slice")
     parser.add_argument("--pair", nargs=2, default=["resnet56", "resnet20"], help="networks")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=["vanilla", *TAUGHT], default=["vanilla", *TAUGHT]
+    )
     parser.add_argument("--steps", type=int, default=20, help="timed, of each method")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", action="store_true", help="in this process, one method")

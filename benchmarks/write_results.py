@@ -192,12 +192,13 @@ ON_FEATURES = """\
 `mhgd` learns its heads in two epochs before the ten. The time counts them.
 """
 ON_CIFAR = """\
-Each method's published recipe. Images/s are medians of steps taken in turns with plain training
+Each method's shipped recipe. Images/s are medians of steps taken in turns with plain training
 (`vanilla`) in one process; the ratio is of those pairs, with quartiles. Peak memory is the whole
 process's (of the GPU, on a GPU), the data set included. All terms were finite; the loss fell where
 the sum of terms and the cross-entropy were lower in the end. `crd` has 4,096 negatives: the slice
-is too small for 16,384. How far `vanilla` is from 1 beside itself says how noisy the machine was.
-Rows were measured at different times: compare ratios, not images/s.
+is too small for 16,384. `semckd` has beta 50, because its 400 diverges with this teacher; `norm`'s
+weight, which falls in the end, stays 1 (`ramp` off). How far `vanilla` is from 1 beside itself
+says how noisy the machine was. Rows were measured at different times: compare ratios, not images/s.
 """
 ON_TINY = """\
 The same at 64x64, on 2,000 images of 50 classes, with a teacher trained for three epochs of 5,000:

@@ -717,6 +717,19 @@ def test_a_copy_has_its_own_layer_put_in():
     assert net(x).logits.tolist() == [[8.0, 2.0]]
 
 
+def test_a_second_layer_at_one_place_is_refused():
+    """It would run after the first, which its owner knows nothing of."""
+    net = Net(Plain(), {"pre": "relu:in", "out": "conv"}, (1, 2, 2))
+    net.insert("pre", nn.Identity())
+    with pytest.raises(TapError) as error:
+        net.insert("pre", nn.Identity())
+    assert str(error.value) == (
+        "a layer is inserted at 'pre' already, by another method perhaps; call take_out() first"
+    )
+    net.take_out()
+    net.insert("pre", nn.Identity())
+
+
 def test_nothing_is_put_in_where_it_would_run_several_times():
     net = Net(Repeats(), {"first": "relu#0"}, (3,))
     with pytest.raises(TapError) as error:

@@ -43,7 +43,7 @@ def test_a_plain_student_learns_in_ten_epochs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_trains_on_a_slice(name: str, precision: str) -> None:
-    """One epoch of 5,000 images with the published recipe: finite terms, and a falling loss."""
+    """One epoch of 5,000 images with the shipped recipe: finite terms, and a falling loss."""
     script = Path(__file__).parents[1] / "benchmarks" / "method_cost.py"
     command = [sys.executable, str(script), "--teacher", str(WEIGHTS), "--methods", name]
     command += ["--precision", precision, "--steps", "2"]

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -288,6 +288,11 @@ class Net(_Wrapper):
         target = self._targets[tap]
         if target.call is not None:
             raise TapError(f"'{tap}' is one call of several; nothing can be inserted there")
+        if any(True for _ in self._own_hooks((_Inserted,), (tap,))):
+            raise TapError(
+                f"a layer is inserted at '{tap}' already, by another method perhaps; call "
+                "take_out() first"
+            )
         self._hook(target, _Inserted(self._tape, tap, target.of_input, change))
 
     def take_out(self) -> None:
@@ -453,14 +458,19 @@ class Net(_Wrapper):
     def _remove_hooks(
         self, kinds: tuple[type[_Recorder | _Inserted], ...], names: Iterable[str] | None
     ) -> None:
-        """Of this Net's hooks, those of some kinds, at some taps or all."""
+        for hooks, key in list(self._own_hooks(kinds, names)):
+            del hooks[key]
+
+    def _own_hooks(
+        self, kinds: tuple[type[_Recorder | _Inserted], ...], names: Iterable[str] | None
+    ) -> Iterator[tuple[dict[int, Any], int]]:
+        """Where this Net's hooks are, those of some kinds, at some taps or all."""
         for module in self.module.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key, hook in list(hooks.items()):
-                    if not isinstance(hook, kinds) or hook.tape is not self._tape:
-                        continue
-                    if names is None or hook.name in names:
-                        del hooks[key]
+                for key, hook in cast("dict[int, Any]", hooks).items():
+                    ours = isinstance(hook, kinds) and hook.tape is self._tape
+                    if ours and (names is None or hook.name in names):
+                        yield hooks, key
 
     def shape_of(self, tap: str) -> torch.Size:
         """Shape of a feature without the batch axis. Raises TapError naming the taps that exist."""

@@ -20,7 +20,7 @@ from potstill.net import Captured, Net, Predictor
 from tests.toys import SHAPE, ToyImages, toy_net
 
 close = torch.testing.assert_close
-MIDDLE = Progress(100, 100, 240, 240)
+MIDDLE = Progress(100, 100, 241, 241)
 
 
 def norm(data: DataSpec | None = None, classes: int = 4, width: int = 6, **arguments: Any) -> NORM:
@@ -144,12 +144,12 @@ def test_without_scaling_the_terms_are_those_of_plain_kd():
      (180, 0.5), (209, 0.5), (210, 0.1), (239, 0.1), (240, 0.1)],
 )  # fmt: skip
 def test_the_matching_comes_and_goes(epoch: int, weight: float):
-    """On the scale of 240 epochs: 24 epochs of 10 steps each pass ten times as fast."""
+    """Epochs 0 to 240 of the code that published it: 241 in all."""
     assert ramp(epoch) == weight
-    out = outputs(U, TARGET, progress=Progress(epoch // 10, epoch, 240, 240))
+    out = outputs(U, TARGET, progress=Progress(epoch, epoch, 241, 241))
     close(norm(segments=2, beta=2.0).loss(out)["norm"].item(), 6.0 * weight)
     close(norm(segments=2, ramp=False).loss(out)["norm"].item(), 3.0)
-    assert norm().lengths == {"distill": 240}
+    assert norm().lengths == {"distill": 241}
 
 
 def test_a_larger_map_of_the_teacher_is_max_pooled():

@@ -201,6 +201,17 @@ def test_of_four_stages_the_last_three_of_equal_size_are_compared():
     assert len(four.pairs) == 4
 
 
+def test_where_fewer_sizes_match_the_last_three_stages_meet_in_order():
+    """WRN's 32, 16, 8 beside MobileNetV2's 8, 4, 2 (16 before): all of the WRN's are pooled."""
+    student, teacher = build("mobilenetv2", 4), build("wrn_16_1", 4)
+    spec = ToyImages().spec()._replace(input_shape=(3, 32, 32))
+    method = SAKD([student], [teacher], spec)
+    assert [(p.student, p.teacher) for p in method.pairs] == [
+        (f"stage{i + 1}", f"stage{i}") for i in (1, 2, 3)
+    ]
+    assert [p.teacher_shape[1] // p.shape[1] for p in method.pairs] == [4, 4, 4]
+
+
 def test_without_connectors_maps_are_compared_as_they_are():
     """The ImageNet form: equal networks cost nothing, and nothing but the student learns."""
     method = SAKD([toy_net(0)], [toy_net(0)], ToyImages().spec(), connectors=False)

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from potstill.net import Captured, Net, in_full
 from potstill.pairing import Role, Shape, last_map, map_shape, network
 
 RAMP = ((10, 0.1), (20, 0.5), (180, 1.0), (210, 0.5), (math.inf, 0.1))
-"""Until which of 240 epochs, counted from 0, the matching term has which weight."""
+"""Until which of 241 epochs, counted from 0, the matching term has which weight."""
 
 
 class NORM(Method):
@@ -37,13 +38,15 @@ class NORM(Method):
     ResNet), else into one convolution.
 
     The code that gave the published figures also scales both logits for CE and KD (`standardize`)
-    and weights the matching by s, in steps over 240 epochs (`ramp`). Its flags r, a and b are
+    and weights the matching by s, in steps over its 241 epochs (`ramp`). Its flags r, a and b are
     gamma, alpha and beta; what they were for each pair is not public.
 
     A larger map of the teacher's is max-pooled by a whole ratio, and by default its deepest stage
     is taken for which there is one. Where the last stage is the linear end of a bottleneck, as in
     MobileNetV2, the map that is pooled stands for it.
     """
+
+    lengths: ClassVar = {"distill": 241}
 
     def __init__(
         self,
@@ -223,7 +226,7 @@ def _linear(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def ramp(epoch: float) -> float:
-    """Weight of the matching term after so many epochs of 240: it comes and goes in steps."""
+    """Weight of the matching term after so many epochs of 241: it comes and goes in steps."""
     return next(weight for end, weight in RAMP if epoch < end)
 
 

@@ -19,7 +19,7 @@ from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
-from potstill.pairing import stage_pairs
+from potstill.pairing import Pair, stage_pairs
 
 
 class SAKD(Method):
@@ -29,7 +29,8 @@ class SAKD(Method):
 
     p and q are `self_attended_energy` of student and teacher at stage i, scaled to unit length. The
     student's map goes through a connector first. By default the last three stages that are equally
-    high and wide on both sides; other `taps` of unequal size meet at the smaller one's. The form of
+    high and wide on both sides; where there are fewer (WRN and MobileNetV2), the last three of each
+    in order. Maps of unequal size meet at the smaller one's, by average pooling. The form of
     the ImageNet runs: four taps, `connectors` False, beta 100. The public code has the teacher's
     BatchNorm on batch statistics, momentum 0.8, and a fresh optimiser at each milestone; the last
     two are the recipe's. Its teacher logits are not detached, which changes no result.
@@ -50,8 +51,9 @@ class SAKD(Method):
         teacher_taps: Sequence[str] | None = None,
     ) -> None:
         super().__init__(students, teachers, data)
-        pairs = stage_pairs(self, taps, teacher_taps, by="size")
-        self.pairs = pairs if taps or teacher_taps else pairs[-3:]
+        self.pairs = (
+            stage_pairs(self, taps, teacher_taps) if taps or teacher_taps else self._three_levels()
+        )
         for pair in self.pairs:
             for role, tap, (c, h, w) in (
                 ("student", pair.student, pair.shape),
@@ -76,6 +78,14 @@ class SAKD(Method):
         )
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature
         self.teacher_statistics = teacher_statistics
+
+    def _three_levels(self) -> list[Pair]:
+        """The last three stages of one size; or else the last three, where both have as many."""
+        equal = stage_pairs(self, by="size")
+        own, theirs = self.student.stages()[-3:], self.teachers[0].stages()[-3:]
+        if len(equal) < 3 and len(own) == len(theirs) == 3:
+            return stage_pairs(self, own, theirs)
+        return equal[-3:]
 
     @property
     def reads(self) -> frozenset[str]:

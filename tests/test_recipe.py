@@ -30,7 +30,8 @@ optimizers:
 epochs: 240
 seed: 0
 """
-NEEDS_WEIGHTS = [n for n in shipped() if "vanilla" not in n]
+ALONE = ("vanilla", "afd-online", "dml-", "one-", "ensemble-kd-", "l1-resnet", "l1-kd-resnet")
+NEEDS_WEIGHTS = [n for n in shipped() if not any(word in n for word in ALONE)]
 
 
 def faults(*overrides, text=KD, **arguments):
@@ -269,11 +270,156 @@ def test_published_settings_of_the_graph_comparison(name):
     assert (found.data.mean, found.data.std) == (([0.5] * 3, [1.0] * 3) if halved else (None, None))
 
 
+ONE = "cifar100/one-resnet32-resnet32-resnet32"
+PAIRS = {  # of the tables, by the networks in order: figures of AFD, in percent
+    ("resnet20", "resnet20"): "mean 71.72",
+    ("resnet32", "resnet32"): "mean 74.03",
+    ("resnet56", "resnet56"): "mean 77.25",
+    ("wrn_16_2", "wrn_16_2"): "mean 75.33",
+    ("wrn_16_4", "wrn_16_4"): "mean 78.55",
+    ("wrn_28_2", "wrn_28_2"): "mean 77.22",
+    ("wrn_28_4", "wrn_28_4"): "mean 79.46",
+    ("resnet32", "resnet56"): "74.13 and 76.69",
+    ("resnet32", "wrn_16_4"): "74.43 and 77.82",
+    ("resnet56", "wrn_28_4"): "77.95 and 79.21",
+    ("resnet20", "wrn_28_10"): "72.62 and 77.83",
+    ("wrn_16_2", "wrn_16_4"): "75.81 and 78.00",
+    ("wrn_16_2", "wrn_28_2"): "75.88 and 77.08",
+    ("wrn_16_2", "wrn_28_4"): "76.23 and 78.26",
+    ("resnet32", "resnet32", "resnet32"): "mean 74.14",
+    ("resnet56", "resnet56", "resnet56"): "mean 77.37",
+    ("wrn_16_2", "wrn_16_2", "wrn_16_2"): "mean 75.65",
+    ("wrn_28_2", "wrn_28_2", "wrn_28_2"): "mean 77.20",
+}
+AFD = {f"cifar100/afd-online-{'-'.join(nets)}": nets for nets in PAIRS}
+BASELINES = {
+    "cifar100/l1-resnet32-resnet32": ("resnet32", "resnet32"),
+    "cifar100/l1-kd-resnet32-resnet32": ("resnet32", "resnet32"),
+    "cifar100/l1-kd-offline-resnet32-resnet32": ("resnet32",),
+    "cifar100/ensemble-kd-resnet32-resnet56": ("resnet32", "resnet56"),
+}
+ONLINE = {**AFD, **BASELINES}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_published_settings_of_the_online_comparison(name):
+    """Chung et al.: SGD 0.1, 0.9, 1e-4, batch 128, a tenth at 150 and 225 of 300; for features and
+    discriminators Adam 2e-5 with decay 0.1, a tenth at 75 and 150; T = 3.
+    """
+    found = load(name, ["teachers.0.weights=x"] if name in NEEDS_WEIGHTS else [])
+    assert tuple(n.name for n in found.students) == ONLINE[name]
+    assert (found.epochs, found.data.batch_size, found.data.pad_mode) == (300, 128, "reflect")
+    assert found.data.mean == [0.5071, 0.4867, 0.4408]  # 129.3, 124.1, 112.4 of 255
+    assert found.data.std == [0.2675, 0.2565, 0.2761]  # 68.2, 65.4, 70.4
+    sgd, *adams = found.optimizers.values()
+    assert (sgd.name, sgd.lr, sgd.momentum, sgd.weight_decay) == ("sgd", 0.1, 0.9, 1e-4)
+    assert not sgd.nesterov
+    assert (sgd.schedule.milestones, sgd.schedule.factor) == ([150, 225], 0.1)
+    assert len(adams) == (2 if name in AFD else 0)
+    for adam in adams:
+        assert (adam.name, adam.lr, adam.weight_decay) == ("adam", 2e-5, 0.1)
+        assert (adam.schedule.milestones, adam.schedule.factor) == ([75, 150], 0.1)
+    assert found.method.temperature == 3
+    assert not found.notes
+    if name in AFD:
+        assert f"({PAIRS[AFD[name]]} % top-1)" in shipped()[name]
+
+
+def test_the_online_recipes_are_those_of_the_tables():
+    assert {n for n in shipped() if n.startswith("cifar100/afd-online")} == AFD.keys()
+
+
+def test_published_settings_of_mutual_learning_and_native_ensembles():
+    """Zhang et al.: Nesterov 0.9, 0.1, a tenth every 60 of 200 epochs, batch 64. Lan et al.: 0.1,
+    0.9, 1e-4, batch 128, a tenth at 150 and 225 of 300.
+    """
+    dml, one = load("cifar100/dml-resnet32-resnet32"), load(ONE)
+    sgd = dml.optimizers["default"]
+    assert (sgd.lr, sgd.momentum, sgd.nesterov) == (0.1, 0.9, True)
+    assert (sgd.schedule.milestones, sgd.schedule.factor) == ([60, 120, 180], 0.1)
+    assert (dml.epochs, dml.data.batch_size) == (200, 64)
+    assert (dml.method.mode, dml.method.temperature) == ("alternating", 1)
+    sgd = one.optimizers["default"]
+    assert (sgd.lr, sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.1, 0.9, False, 1e-4)
+    assert (sgd.schedule.milestones, sgd.schedule.factor) == ([150, 225], 0.1)
+    assert (one.epochs, one.data.batch_size, len(one.students)) == (300, 128, 3)
+    assert (one.method.temperature, one.method.ramp_epochs) == (3, 80)
+
+
+def test_settings_for_imagenet():
+    """Chosen: 90 epochs, batch 256, a tenth at 30 and 60; Adam's drops at 15 and 30."""
+    found = load("imagenet/afd-online-resnet18-resnet34", ["data.root=images"])
+    assert [n.name for n in found.students] == ["resnet18_imagenet", "resnet34_imagenet"]
+    assert (found.epochs, found.data.batch_size, found.data.image_size) == (90, 256, 224)
+    plans = found.optimizers
+    assert {k: p.schedule.milestones for k, p in plans.items()} == {
+        "default": [30, 60],
+        "features": [15, 30],
+        "discriminators": [15, 30],
+    }
+    assert plans["features"].weight_decay == plans["discriminators"].weight_decay == 0.1
+
+
+# --- optimisers that a method was published with
+
+PAIR = "cifar100/afd-online-resnet32-resnet32"
+
+
+@pytest.mark.parametrize("override", ["method.name=dml", "method={name: dml, temperature: 3}"])
+def test_another_method_drops_the_optimisers_of_the_one_before(override):
+    found = load(PAIR, [override])
+    assert list(found.optimizers) == ["default"]
+    assert found.method.temperature == 3
+    assert found.notes[-2:] == [
+        "method.name=dml drops optimizers.discriminators, which it has no use for",
+        "method.name=dml drops optimizers.features, which it has no use for",
+    ]
+
+
+def test_an_optimiser_that_is_given_for_another_method_is_kept_and_will_be_told():
+    found = load(PAIR, ["method.name=dml", "optimizers.features.lr=0.1"])
+    assert list(found.optimizers) == ["default", "features"]
+
+
+@pytest.mark.parametrize("method", ["one", "l1", "l1_kd", "ensemble_kd", "dml"])
+def test_every_column_of_the_tables_is_one_override_away(method):
+    """And back again: what the method was published with comes with it."""
+    found = load(PAIR, [f"method.name={method}"])
+    assert (found.method.name, found.method.temperature) == (method, 3)
+    again = loads(found.to_yaml(), ["method.name=afd_online"])
+    assert again.optimizers == load(PAIR).optimizers
+    assert again.notes[-2:] == [
+        f"optimizers.{update} is not given: afd_online's published adam, lr 2e-05"
+        for update in ("features", "discriminators")
+    ]
+    assert not loads(again.to_yaml()).notes
+
+
+def test_published_milestones_are_on_the_scale_of_the_recipe():
+    """75 and 150 of 300 epochs are 60 and 120 of KD's 240, however short the run."""
+    swapped = ["students=[resnet20, resnet8]", "teachers=[]", "method.name=afd_online"]
+    for short in ([], ["epochs=10"]):
+        found = load("cifar100/kd-resnet56-resnet20", [*swapped, *short])
+        assert found.optimizers["features"].schedule.milestones == [60.0, 120.0]
+
+
+def test_an_optimiser_of_ones_own_stands_in_its_place():
+    own = ["optimizers.features={name: sgd, lr: 1}", "optimizers.default.lr=0.3"]
+    text = KD.replace("students: [resnet20]", "students: [resnet20, resnet8]")
+    text = text.replace("teachers: [{name: resnet56, weights: teacher.pt}]\n", "")
+    found = loads(text, ["method={name: afd_online}", *own])
+    assert found.optimizers["features"].name == "sgd"
+    assert found.optimizers["discriminators"].name == "adam"
+    by_phase = ["optimizers={default: {name: sgd, lr: 1}, distill.features: {name: sgd, lr: 1}}"]
+    found = loads(text, ["method={name: afd_online}", *by_phase])
+    assert list(found.optimizers) == ["default", "distill.features", "discriminators"]
+
+
 def test_published_settings():
     """RepDistiller: SGD 0.9, 5e-4, batch 64, 240 epochs, 0.05, a tenth at 150, 180 and 210.
 
     Others by what they change: (lr, momentum, nesterov, batch, borders, fresh optimisers). Those of
-    the graph-distillation comparison are below.
+    the graph-distillation comparison are above, the online ones below.
     """
     repdistiller = (0.05, 0.9, False, 64, None, False)
     others = {
@@ -282,6 +428,8 @@ def test_published_settings():
     }
     for name in shipped():
         if not name.startswith("cifar100/") or "onecycle" in name or name in GRAPH:
+            continue
+        if name in ONLINE or name in ("cifar100/dml-resnet32-resnet32", ONE):
             continue
         found = load(name, ["teachers.0.weights=x"] if name in NEEDS_WEIGHTS else [])
         sgd, data = found.optimizers["default"], found.data

@@ -295,6 +295,17 @@ class Net(_Wrapper):
             )
         self._hook(target, _Inserted(self._tape, tap, target.of_input, change))
 
+    def replace(self, parts: Mapping[str, nn.Module]) -> None:
+        """Put modules of the same kind in place of the network's own ones; its taps follow.
+
+        `parts` is by name, of the top level.
+        """
+        self._remove_hooks((_Recorder,), None)
+        for name, part in parts.items():
+            self.module.add_module(name, part)
+        for name, target in self._targets.items():
+            self._install(name, target)
+
     def take_out(self) -> None:
         """Undo every `insert`."""
         self._remove_hooks((_Inserted,), None)

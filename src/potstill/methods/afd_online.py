@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.connectors import Connected, transfer
+from potstill.connectors import Connected, require_two_images, transfer
 from potstill.losses import soft_kl
 from potstill.method import Batch, DataSpec, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.methods.dml import mean_kl
@@ -85,6 +85,8 @@ class AFDOnline(Peers):
         self.taps = [name for name, _ in maps]
         widths, heights, breadths = zip(*(shape for _, shape in maps), strict=True)
         width, self.size = max(widths), (min(heights), min(breadths))
+        if max(self.size) <= 2:
+            require_two_images(self)  # the discriminators' BatchNorm sees one value an image
         self.transfers = nn.ModuleList(
             nn.Identity() if min(widths) == width else transfer(own, width) for own in widths
         )

@@ -65,10 +65,10 @@ class ONE(Method):
         tails = [net.tail(self.tap) for net in self.nets]
         trunk = _before(self.student.module, tails[0])
         for net in self.nets[1:]:  # which so remain complete networks
-            for name, part in trunk.items():
-                net.module.add_module(name, part)
+            net.replace(trunk)
         self.whole = tuple(students)  # no submodules: their layers are those of the branched one
-        branches = Branches(nn.Sequential(trunk), tails, gate(width, len(tails)))
+        like = next(self.student.parameters())
+        branches = Branches(nn.Sequential(trunk), tails, gate(width, len(tails)).to(like))
         named = {f"branch{k}": f"branches.{k}" for k in range(len(tails))}
         # the shared map is tapped so that a branch that writes into it is refused
         taps = {"shared": "trunk", "gate": "gate", **named}
@@ -158,5 +158,6 @@ def ramp(epoch: float, length: float) -> float:
 
 def _before(module: nn.Module, tail: nn.Module) -> OrderedDict[str, nn.Module]:
     """The parts of a line of parts that a tail of it leaves."""
-    own = list(module.named_children())
-    return OrderedDict(own[: len(own) - len(list(tail.children()))])
+    own = list(module._modules.items())  # a part may stand there twice
+    kept = own[: len(own) - len(tail._modules)]
+    return OrderedDict((name, part) for name, part in kept if part is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from potstill import distributed
 from potstill.method import Batch
+from potstill.net import captured_from
 
 
 class Images(Protocol):
@@ -69,7 +70,7 @@ def evaluate(
 def _in_common(predictors: Iterable[nn.Module]) -> list[nn.Module]:
     """Modules of several predictors, without the parts of such modules."""
     predictors = list(predictors)
-    times = Counter(module for predictor in predictors for module in set(predictor.modules()))
+    times = Counter(module for predictor in predictors for module in predictor.modules())
 
     def topmost(module: nn.Module) -> Iterator[nn.Module]:
         if times[module] > 1:
@@ -86,7 +87,7 @@ def _running_once(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within, each module answers a tensor that it has just seen with what it gave then."""
     changed = [m for m in modules if "forward" not in vars(m) and not _is_scripted(m)]
     for module in changed:
-        module.forward = _Memory(module.forward)
+        module.forward = _Memory(module)
     try:
         yield
     finally:
@@ -99,22 +100,27 @@ def _is_scripted(module: nn.Module) -> bool:
 
 
 class _Memory:
-    """A forward of one tensor that remembers its last call, unless one has been written into."""
+    """A module's forward that remembers its last call with one tensor.
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
+    Not one whose input or output has been written into since, nor where a feature is to be captured
+    inside.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.forward = module, module.forward
         self.last: tuple[Tensor, int, Tensor, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return self.forward(*args, **kwargs)
-        if self.last is not None:
+        if self.last is not None and not captured_from(self.module):
             given, version, output, output_version = self.last
             same = given is args[0] and given._version == version
             if same and output._version == output_version:
                 return output
         output = self.forward(args[0])
-        if isinstance(output, Tensor):
+        fresh = isinstance(output, Tensor) and output is not args[0]
+        if fresh and not args[0].is_inference() and not output.is_inference():  # has no version
             self.last = args[0], args[0]._version, output, output._version
         return output
 

@@ -87,6 +87,15 @@ class _Recorder:
             self.tape.versions[self.name] = value._version
 
 
+def captured_from(module: nn.Module) -> bool:
+    """Whether a forward that is under way captures a feature inside a module."""
+    return any(
+        isinstance(hook, _Recorder) and hook.tape.values is not None
+        for part in module.modules()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    )
+
+
 class _Inserted:
     """A hook that passes a module's input or output through another module."""
 

@@ -41,6 +41,12 @@ class Peers(Method):
     def __init__(self, students: Sequence[Net], teachers: Sequence[Net], data: DataSpec) -> None:
         super().__init__(students, teachers, data)
         require_different_students(self)
+        outputs = [net.num_classes for net in students]
+        if len(set(outputs)) > 1:
+            raise MethodError(
+                f"{type(self).__name__}: the students have {', '.join(map(str, outputs))} outputs, "
+                "and all predict the same classes; give each as many"
+            )
 
     def loss_of(self, k: int, out: Any) -> Terms:
         """Named terms of student k; no gradient of theirs may reach another student."""
@@ -75,10 +81,10 @@ def require_different_students(method: Method) -> None:
 
     They see the same images, so they would predict the same for ever, or nearly.
     """
-    weights = [list(net.parameters()) for net in method.nets]
-    for j, own in enumerate(weights):
-        for i, other in enumerate(weights[:j]):
-            if len(own) == len(other) and all(map(torch.equal, own, other)):
+    for j, net in enumerate(method.nets):
+        for i, other in enumerate(method.nets[:j]):
+            alike = repr(net.module) == repr(other.module)
+            if alike and all(map(torch.equal, net.parameters(), other.parameters())):
                 raise MethodError(
                     f"{type(method).__name__}: students {i} and {j} start from equal weights and "
                     "see the same images, so neither has anything to teach; initialise each anew"

@@ -813,3 +813,9 @@ def test_one_image_alone_is_refused_where_a_discriminator_sees_one_pixel():
         "of 1 rank only one; set data.drop_last=true or another data.batch_size"
     )
     assert afd(body(0, (4,)), body(1, (4,)), data=data).size == (8, 8)
+
+
+def test_other_logit_peers_are_refused():
+    with pytest.raises(MethodError) as error:
+        afd(logit_peers="both")
+    assert str(error.value) == "AFDOnline: logit_peers is 'both'; give 'ring' or 'all'"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.connectors import Connected, require_two_images, transfer
+from potstill.errors import MethodError
 from potstill.losses import soft_kl
 from potstill.method import Batch, DataSpec, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.methods.dml import mean_kl
@@ -75,6 +76,8 @@ class AFDOnline(Peers):
         taps: Sequence[str] | None = None,
     ) -> None:
         super().__init__(students, teachers, data)
+        if logit_peers not in ("ring", "all"):
+            raise MethodError(f"AFDOnline: logit_peers is {logit_peers!r}; give 'ring' or 'all'")
         self.temperature, self.alpha = temperature, alpha
         self.adversarial, self.logit_peers = adversarial, logit_peers
         count = len(students)

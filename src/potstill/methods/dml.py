@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from potstill.errors import MethodError
 from potstill.losses import soft_kl
 from potstill.method import Batch, DataSpec, Outputs, Phase, Progress, Terms, Turn
 from potstill.net import Net, batch_statistics
@@ -42,6 +43,8 @@ class DML(Peers):
         alpha: float = 1.0,
     ) -> None:
         super().__init__(students, teachers, data)
+        if mode not in ("alternating", "synchronous"):
+            raise MethodError(f"DML: mode is {mode!r}; give 'alternating' or 'synchronous'")
         self.mode, self.temperature, self.alpha = mode, temperature, alpha
 
     def loss_of(self, k: int, out: Outputs) -> Terms:
@@ -65,7 +68,7 @@ class DML(Peers):
 
     def phases(self) -> Sequence[Phase]:
         """One turn, or one for each network."""
-        if self.mode == "synchronous":
+        if self.mode == "synchronous" or not self.alpha:  # or nobody reads what is predicted anew
             return super().phases()
         first, *others = [self.update_of(k) for k in range(len(self.students))]
         turns = [Turn(self.__call__, [first])]

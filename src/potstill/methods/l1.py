@@ -56,7 +56,7 @@ class L1(Peers):
             require_same_classes(self)
         widths = [shape[0] for _, shape in maps]
         self.transfers = nn.ModuleList(
-            nn.Identity() if widths[0] == widths[1] else transfer(widths[k], widths[1 - k])
+            transfer(widths[k], widths[1 - k]) if beta and widths[0] != widths[1] else nn.Identity()
             for k in range(len(students))
         )
         self.beta, self.alpha, self.temperature = beta, alpha, temperature
@@ -81,10 +81,12 @@ class L1(Peers):
         return Connected(batch, progress, out.students, out.teachers, mapped)
 
     def loss_of(self, k: int, out: Connected) -> Terms:
-        """The terms "ce", "l1", and "kd" where alpha is not 0, of student k."""
+        """The terms "ce", "l1" and "kd" of student k; those whose weight is 0 are left out."""
         own, peer = out.students[k], [*out.students, *out.teachers][1 - k]
-        distance = F.l1_loss(*meet(out.mapped[k], peer[self.taps[1 - k]].detach()))
-        terms = {"ce": F.cross_entropy(own.logits, out.batch.label), "l1": self.beta * distance}
+        terms = {"ce": F.cross_entropy(own.logits, out.batch.label)}
+        if self.beta:
+            distance = F.l1_loss(*meet(out.mapped[k], peer[self.taps[1 - k]].detach()))
+            terms["l1"] = self.beta * distance
         if self.alpha:
             terms["kd"] = self.alpha * soft_kl(own.logits, peer.logits, self.temperature)
         return terms
@@ -94,7 +96,8 @@ class L1(Peers):
         each = dict(super().predictors())
         if self.teachers:
             del each["ensemble"]
-            if list(self.data.teacher_classes[0] or ()) == list(self.data.classes):
-                both = [each["student"], self.teachers[0].predictor()]
-                each["ensemble"] = Ensemble(both)
+            (teacher,), (classes,) = self.teachers, self.data.teacher_classes
+            same = list(classes or ()) == list(self.data.classes)
+            if same and teacher.num_classes == self.student.num_classes:
+                each["ensemble"] = Ensemble([each["student"], teacher.predictor()])
         return each

@@ -156,6 +156,38 @@ def test_several_seeds_end_in_a_table(potstill: Potstill) -> None:
     assert code == 0 and output.count("finished already") == 2
 
 
+PAIR = ("digits/vanilla", "method.name=dml", "students=[resnet8, resnet8]", "data.subset=40")
+
+
+def test_networks_that_teach_each_other_are_all_shown_with_their_mean(potstill: Potstill) -> None:
+    code, shown, errors = potstill("train", *PAIR, "epochs=2", "--out", "run")
+    assert code == 0, errors
+    result = Run.open(Path("run")).result
+    assert result is not None
+    for name, score in result["scores"].items():
+        assert f"{name} {score['top1']:.2f} % test" in shown
+        assert f"{name}: {score['top1']:.2f} % top-1 on the test set" in shown
+    mean = (result["scores"]["student0"]["top1"] + result["scores"]["student1"]["top1"]) / 2
+    assert f"mean of 2 students: {mean:.2f} % top-1" in shown
+    assert "student 0: resnet8" in shown and "student 1: resnet8" in shown
+    code, taught, errors = potstill(
+        "train", "digits/kd", "teachers=[{name: run:student1}]", *SHORT[1:], "--out", "next"
+    )
+    assert code == 0, errors
+    assert f"teacher 0 (run:student1): {result['scores']['student1']['top1']:.2f} %" in taught
+    code, _, errors = potstill("train", "digits/kd", "teachers=[run]", *SHORT[1:])
+    assert code == 2 and "this run has student0, student1, ensemble (RUN:student0" in errors
+    code, _, errors = potstill("train", "digits/kd", "teachers=[run:ensemble]", *SHORT[1:])
+    assert code == 2 and "teachers.0.name=run:ensemble is no single network, but an" in errors
+
+
+def test_seeds_of_a_pair_end_in_a_table_with_every_network(potstill: Potstill) -> None:
+    code, shown, errors = potstill("train", *PAIR, "epochs=1", "--seeds", "2")
+    assert code == 0, errors
+    table = shown.rpartition("top-1 mean")[2]
+    assert all(f"{name} " in table for name in ("student0", "student1", "ensemble"))
+
+
 def test_a_validation_split_is_watched_and_the_test_set_is_touched_once(potstill: Potstill) -> None:
     code, output, _ = potstill("train", *SHORT, "data.validation=0.2", "--out", "run")
     assert code == 0 and "% validation" in output and "% test ·" not in output

@@ -73,6 +73,22 @@ def test_an_epoch_in_one_line():
     )
 
 
+SEVERAL = {"student0.ce": 1.2, "student0.kd": 0.5, "student1.ce": 2.0, "features.student0": 0.25}
+PAIR = {"student0": {"top1": 71.234}, "student1": {"top1": 60.0}, "ensemble": {"top1": 73.0}}
+
+
+def test_an_epoch_of_several_networks():
+    """Accuracies first; each update's terms in a second line."""
+    first, second = epoch_line(record(terms=SEVERAL, scores=PAIR)).splitlines()
+    assert first == (
+        "distill epoch 2 · student0 71.23 % test · student1 60.00 % test · ensemble 73.00 % test · "
+        "25,000 images/s"
+    )
+    assert second == (
+        "  student0: ce 1.2000, kd 0.5000 · student1: ce 2.0000 · features: student0 0.2500"
+    )
+
+
 def test_an_epoch_without_scores_or_time():
     """Not evaluated, and resumed at its very end."""
     line = epoch_line(record(scores={}, time={"seconds": 0.0, "images": 0}))
@@ -142,6 +158,33 @@ def test_live_shows_step_speed_and_terms(monkeypatch: pytest.MonkeyPatch):
         assert "distill epoch 2/3 · step 6/36" in text.getvalue()
         shown.epoch(record())
     assert f"kd · {epoch_line(record())}" in text.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_live_shows_the_loss_of_every_update_and_the_last_accuracies(
+    width: int, monkeypatch: pytest.MonkeyPatch
+):
+    """1.2 + 0.5 = 1.7. Nothing is cut off on a narrow terminal; an epoch that is not evaluated
+    leaves the accuracies before.
+    """
+    monkeypatch.setattr(display, "REFRESH_SECONDS", -1.0)
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=width, color_system=None)
+    with watcher(console) as shown:
+        shown.step(5, 36, moment(**SEVERAL))
+        assert "%" not in text.getvalue().partition("step")[2]
+        shown.epoch(record(terms=SEVERAL, scores=PAIR))
+        shown.epoch(record(terms=SEVERAL, scores={}))
+        text.truncate(0)
+        shown.step(6, 36, moment(6, **SEVERAL))
+    seen = " ".join(text.getvalue().split())
+    for part in (
+        "loss student0 1.700, student1 2.000, features 0.250",
+        "student0 71.23 % test",
+        "student1 60.00 % test",
+        "ensemble 73.00 % test",
+    ):
+        assert part in seen, seen
 
 
 def test_live_shows_names_with_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch):

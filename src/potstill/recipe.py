@@ -114,7 +114,8 @@ def _network_name(name: str, info: ValidationInfo) -> str:
             f"is {_show(name)}, which runs Python code of your own; add --allow-code if you trust "
             "it (in Python, allow_code=True)"
         )
-    if is_name(name) or os.path.exists(name):
+    run = name.rpartition(":")[0]  # of RUN:student1
+    if is_name(name) or os.path.exists(name) or os.path.isdir(run):
         return name
     raise _plain(
         f"is {_show(name)}, which is no model and no file{did_you_mean(name, MODELS) or ';'} "

@@ -316,7 +316,9 @@ class Run:
             if not self.finished:
                 raise PotstillError(f"{self._path('')} has not finished: continue it with --resume")
             hint = did_you_mean(name, names)
-            raise PotstillError(f'no predictor "{name}"; this run has {", ".join(names)}{hint}')
+            several = f" (RUN:{names[0]} names one)" if len(names) > 1 else ""
+            has = f"{', '.join(names)}{several}"
+            raise PotstillError(f'no predictor "{name}"; this run has {has}{hint}')
         file = f"{name}.safetensors"
         data = self._read(file, recorded[file])
         tensors, metadata = files.decode_tensors(data, self._path(file))

@@ -191,8 +191,13 @@ def build_network(
     outside = name.startswith(PREFIXES)
     pretrained = source == PRETRAINED or (source is None and teaches and outside)
     found = model_weights.read(source) if source is not None and not pretrained else None
-    if found is None and not is_name(name) and Path(name).exists():
+    if found is None and not is_name(name):
         found = model_weights.read(name)
+        if found.model is None and found.classes is not None:  # of a run of ours
+            raise NetworkError(
+                f"{key}.name={name} is no single network, but an ensemble or a network with a "
+                "layer of its method; choose another of the run's predictors"
+            )
         if found.model is None:
             raise NetworkError(f"{key}.name={name} does not say its architecture; give the name")
         name = found.model

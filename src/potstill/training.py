@@ -193,7 +193,7 @@ def build_network(
     found = model_weights.read(source) if source is not None and not pretrained else None
     if found is None and not is_name(name):
         found = model_weights.read(name)
-        if found.model is None and found.classes is not None:  # of a run of ours
+        if found.about.get("model", name) is None:  # of a run of ours
             raise NetworkError(
                 f"{key}.name={name} is no single network, but an ensemble or a network with a "
                 "layer of its method; choose another of the run's predictors"

@@ -2,7 +2,7 @@
 
     python benchmarks/write_results.py [--short RUN ...] [--features RUN ...] [--demo DIR] \
         [--overhead FILE ...] [--taps FILE] [--methods FILE ...] \
-        [--tiny FILE ...] [--svd FILE ...]
+        [--tiny FILE ...] [--svd FILE ...] [--online RUN ...] [--together FILE ...]
 
 Sections whose files are not given stay as they are. A run's small files (recipe.yaml, env.json,
 metrics.jsonl, result.json) are kept under benchmarks/results/runs/, its weights are not.
@@ -188,6 +188,83 @@ def methods(heading: str, text: str, files: Sequence[Path]) -> list[str]:
     return parts
 
 
+def online(heading: str, directories: Sequence[Path], text: str) -> list[str]:
+    """Runs of networks that teach each other: every network, their mean, and the ensemble."""
+    rows, commands, places = [], [], set()
+    for directory in directories:
+        run = Run.open(directory)
+        result = run.result
+        assert result is not None, f"{directory} has not finished"
+        settings = recipe.loads(run.recipe)
+        top1 = {name: score["top1"] for name, score in result["scores"].items()}
+        together = top1.pop("ensemble", None)
+        rows.append(
+            [
+                f"`{settings.method.name}` {', '.join(n.name for n in settings.students)}",
+                ", ".join(f"{value:.2f}" for value in top1.values()),
+                f"{sum(top1.values()) / len(top1):.2f}",
+                "-" if together is None else f"{together:.2f}",
+                "1",
+                f"{result['images_per_second']:,.0f}",
+                duration(result["seconds"]),
+            ]
+        )
+        commands.append(command_of(run))
+        places.add(hardware(run.environment))
+    head = ["run", "each network", "mean", "ensemble", "n", "images/s", "time"]
+    return [
+        f"## {heading}\n",
+        text,
+        table(head, rows) + "\n",
+        "\n".join(f"On: {place}." for place in sorted(places)) + "\n",
+        "```bash\n" + "\n".join(commands) + "\n```\n",
+    ]
+
+
+def together(heading: str, text: str, files: Sequence[Path]) -> list[str]:
+    """What networks that teach each other cost beside as many plain runs."""
+    parts, lines = [f"## {heading}\n", text], []
+    head = ["networks", "method", "images/s", "steps", "quartiles", "whole run", "peak MiB", "loss"]
+    for path in files:
+        found = json.loads(path.read_text())
+        rows = []
+        for networks, measured in found["networks"].items():
+            for name, row in measured.items():
+                assert row["finite"], (networks, name)
+                rows.append(
+                    [
+                        networks.replace(",", ", "),
+                        name,
+                        f"{row['images_per_second']:.0f}",
+                        f"{row['ratio']:.3f}",
+                        "{:.3f} to {:.3f}".format(*row["ratio_quartiles"]),
+                        f"{row['whole_run_ratio']:.3f}",
+                        f"{row['peak_bytes'] / 2**20:.0f}",
+                        "fell" if row["falling"] else "did not fall",
+                    ]
+                )
+        parts += [
+            table(head, rows) + "\n",
+            f"n {found['n']}. On: {hardware(found['environment'])}.\n",
+        ]
+        command = f"python benchmarks/online_cost.py --precision {found['setting']['precision']}"
+        lines.append(f"{command} --steps {found['n']} --out {path.as_posix()}")
+    return [*parts, "```bash\n" + "\n".join(lines) + "\n```\n"]
+
+
+ON_ONLINE = """\
+The settings of Chung et al. (arXiv:2002.01775) shortened from 300 epochs to five, milestones with
+them; the two networks start from seeds of their own, the first as the one of `vanilla` does. One
+seed: no claim of order. Images/s count an image once, whatever the number of networks.
+"""
+ON_TOGETHER = """\
+One epoch of 3,200 images, batch 64, every network's cross-entropy falling or not; then steps in
+turns with as many plain trainings, one a network. The ratio is the time of the plain ones over that
+of all together: 1 is what separate runs take. A whole run's is of 50,000 training and 10,000 test
+images an epoch, the ensemble evaluated too. By counting passes (forward 1, backward 2), two
+networks can reach 6/7 of it in `dml`, whose first network predicts twice, three 9/11; and 3/5 in
+`afd_online`, which goes backwards through each network twice. In `one` the low layers are shared.
+"""
 ON_FEATURES = """\
 `mhgd` learns its heads in two epochs before the ten. The time counts them.
 """
@@ -264,10 +341,14 @@ if __name__ == "__main__":
     parser.add_argument("--methods", type=Path, nargs="+")
     parser.add_argument("--tiny", type=Path, nargs="+", help="of method_cost.py on 64x64 images")
     parser.add_argument("--svd", type=Path, nargs="+")
+    parser.add_argument("--online", type=Path, nargs="+", help="runs of several networks")
+    parser.add_argument("--together", type=Path, nargs="+", help="of online_cost.py")
     options = parser.parse_args()
     cost = "Methods: one epoch of 5,000 images, ResNet-56 to ResNet-20"
     tiny = "Methods: one epoch of Tiny-ImageNet-50, WRN-22-4 to WRN-10-4"
     features = "Feature methods: ResNet-20 on CIFAR-100 in 10 one-cycle epochs"
+    pair = "Online: two ResNet-20 on CIFAR-100 in 5 epochs"
+    costs = "Online: what K networks cost beside K plain runs"
     budget = "ResNet-20 on CIFAR-100 in 10 one-cycle epochs"
     made = [
         *([trainings(budget, options.short)] if options.short else []),
@@ -278,5 +359,7 @@ if __name__ == "__main__":
         *([methods(cost, ON_CIFAR, options.methods)] if options.methods else []),
         *([methods(tiny, ON_TINY, options.tiny)] if options.tiny else []),
         *([svd(options.svd)] if options.svd else []),
+        *([online(pair, options.online, ON_ONLINE)] if options.online else []),
+        *([together(costs, ON_TOGETHER, options.together)] if options.together else []),
     ]
     RESULTS.write_text(merged(RESULTS.read_text(), ["\n".join(parts) for parts in made]))

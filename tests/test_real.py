@@ -41,11 +41,26 @@ def test_a_plain_student_learns_in_ten_epochs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.teachers_needed[0]])
 def test_every_method_trains_on_a_slice(name: str, precision: str) -> None:
     """One epoch of 5,000 images with the shipped recipe: finite terms, and a falling loss."""
     script = Path(__file__).parents[1] / "benchmarks" / "method_cost.py"
     command = [sys.executable, str(script), "--teacher", str(WEIGHTS), "--methods", name]
+    command += ["--precision", precision, "--steps", "2"]
+    environment = {**os.environ, "POTSTILL_DATA": str(DATA)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "networks",
+    ["resnet20,resnet32", "wrn_16_2,wrn_28_2", "resnet20,resnet20,resnet20"],
+)
+def test_networks_teach_each_other_on_a_slice(networks: str, precision: str) -> None:
+    """Every online method: finite terms, and a falling cross-entropy of each network."""
+    script = Path(__file__).parents[1] / "benchmarks" / "online_cost.py"
+    command = [sys.executable, str(script), "--networks", networks]
     command += ["--precision", precision, "--steps", "2"]
     environment = {**os.environ, "POTSTILL_DATA": str(DATA)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

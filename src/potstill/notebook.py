@@ -59,7 +59,8 @@ def distill(
     `arguments` are the method's own. With `out` the run is a directory that `resume` continues;
     without, nothing is written. A student module is trained in place; a teacher is not changed.
     `run.student` is the student module, or, for methods that predict with more than it (SimKD,
-    NORM), a module from images to logits that contains it.
+    NORM), a module from images to logits that contains it. `run.students` are all modules that
+    predict: where networks teach each other, every student, and their ensemble last.
 
     >>> from sklearn.datasets import load_digits
     >>> x, y = load_digits(return_X_y=True)

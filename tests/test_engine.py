@@ -209,6 +209,23 @@ def test_terms_add_up_and_own_gradients_may_replace_the_sum():
     assert list(found) == ["one", "two"]  # a single update's terms have no prefix
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_what_an_update_read_is_freed_where_it_is_the_last_to_read_it(last: bool):
+    """y = w^2 keeps w for its gradient: another update may go back through it, or none can."""
+    w = scalar(1.0)
+    phase = Phase("only", [Turn(lambda batch, progress, out: w.square(), [
+        Update("a", lambda y: {"y": y * 1}, [w], last=last),
+        Update("b", lambda y: {"y": y * 2}, [w]),
+    ])], 10)  # fmt: skip
+    optimizers = {name: sgd([w], 0.1) for name in "ab"}
+    if last:
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            train_step(phase, optimizers, BATCH, progress(), 0)
+    else:
+        train_step(phase, optimizers, BATCH, progress(), 0)
+        close(w.item(), 0.4)  # 1 - 0.1 * 2 - 0.1 * 4
+
+
 def test_no_gradient_is_left_on_a_parameter():
     w = scalar(1.0)
     phase = one_turn(Update("u", lambda out: {"linear": 3 * w}, [w]))

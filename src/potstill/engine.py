@@ -201,7 +201,7 @@ def train_step(
                         "term is a scalar: take the mean over images in the loss"
                     )
             final = turn is phase.turns[-1] and u == len(turn.updates) - 1
-            if final and update.gradients is of_sum:  # frees activations while going backwards
+            if (final or update.last) and update.gradients is of_sum:  # frees activations
                 found = of_sum(terms, update.parameters, progress, retain_graph=False)
             else:
                 found = update.gradients(terms, update.parameters, progress)

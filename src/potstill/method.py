@@ -120,12 +120,16 @@ class Update(Generic[Out]):
     `gradients` may be replaced by a function that combines the terms' gradients in its own way
     (clipping one task's gradient against another's); take each of them with
     `potstill.distributed.gradient`, which averages over ranks before any norm can be taken.
+
+    `last` says that no later update of the step goes back through what this one's loss was computed
+    from, so that activations are freed on the way back. The step's last update is so anyway.
     """
 
     name: str
     loss: Callable[[Out], Terms]
     parameters: Sequence[nn.Parameter]
     gradients: Callable[[Terms, Sequence[nn.Parameter], Progress], list[Tensor]] = of_sum
+    last: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,8 @@ class Peers(Method):
         """The step of student k."""
         modules = self.trained_with(k)
         parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-        return Update(self.name_of(k), partial(self.loss_of, k), parameters)
+        # its loss reaches its own network alone, and goes back through it for the last time
+        return Update(self.name_of(k), partial(self.loss_of, k), parameters, last=True)
 
     def name_of(self, k: int) -> str:
         """What student k's update and predictor are called; "student" where there is one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -150,7 +150,8 @@ class AFDOnline(Peers):
             ]
             features = [*extractors, *self.transfers.parameters()]
             judges = list(self.discriminators.parameters())
-            updates.append(Update("features", self.feature_loss, features))
+            updates = [replace(update, last=False) for update in updates]  # features come after
+            updates.append(Update("features", self.feature_loss, features, last=True))
             updates.append(Update("discriminators", self.discriminator_loss, judges))
         return [Phase("distill", [Turn(self.__call__, updates)], self.lengths["distill"])]
 

@@ -50,13 +50,18 @@ def command_of(run: Run) -> str:
     return shlex.join(["potstill" if name == "__main__.py" else name, *words])
 
 
+def finished(directory: Path) -> tuple[Run, dict[str, Any]]:
+    """A run and its result."""
+    run = Run.open(directory)
+    assert run.result is not None, f"{directory} has not finished"
+    return run, run.result
+
+
 def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list[str]:
     """Single runs, one row each, and a remark."""
     rows, commands, places = [], [], set()
     for directory in directories:
-        run = Run.open(directory)
-        result = run.result
-        assert result is not None, f"{directory} has not finished"
+        run, result = finished(directory)
         settings = recipe.loads(run.recipe)
         best = result["best_epoch"]["student"]
         teacher = result["teachers"].get("teacher0")
@@ -192,9 +197,7 @@ def online(heading: str, directories: Sequence[Path], text: str) -> list[str]:
     """Runs of networks that teach each other: every network, their mean, and the ensemble."""
     rows, commands, places = [], [], set()
     for directory in directories:
-        run = Run.open(directory)
-        result = run.result
-        assert result is not None, f"{directory} has not finished"
+        run, result = finished(directory)
         settings = recipe.loads(run.recipe)
         top1 = {name: score["top1"] for name, score in result["scores"].items()}
         together = top1.pop("ensemble", None)

@@ -231,7 +231,7 @@ class Method(nn.Module):
 
     @property
     def networks(self) -> Sequence[Net]:
-        """The students as they were given, where a method runs them as parts of another network."""
+        """The students as they were given; not `nets` where these are made of their parts."""
         return self.nets
 
     @property

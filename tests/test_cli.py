@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -121,7 +122,7 @@ def test_eval_repeats_the_result_of_what_is_deployed(
     if alone:
         assert code == 0 and f"{scores['top1']:.2f} % top-1" in output
     else:
-        assert code == 2 and "does not say its architecture" in errors
+        assert code == 2 and "deployed is no single network, but an ensemble or a" in errors
 
 
 def test_a_run_teaches(potstill: Potstill, trained: Path) -> None:
@@ -178,14 +179,39 @@ def test_networks_that_teach_each_other_are_all_shown_with_their_mean(potstill: 
     code, _, errors = potstill("train", "digits/kd", "teachers=[run]", *SHORT[1:])
     assert code == 2 and "this run has student0, student1, ensemble (RUN:student0" in errors
     code, _, errors = potstill("train", "digits/kd", "teachers=[run:ensemble]", *SHORT[1:])
-    assert code == 2 and "teachers.0.name=run:ensemble is no single network, but an" in errors
+    assert code == 2 and "run:ensemble is no single network, but an ensemble or" in errors
 
 
 def test_seeds_of_a_pair_end_in_a_table_with_every_network(potstill: Potstill) -> None:
     code, shown, errors = potstill("train", *PAIR, "epochs=1", "--seeds", "2")
     assert code == 0, errors
     table = shown.rpartition("top-1 mean")[2]
-    assert all(f"{name} " in table for name in ("student0", "student1", "ensemble"))
+    results = [Run.open(p.parent).result for p in Path("runs").glob("*/seed*/result.json")]
+    means = [statistics.fmean(r["scores"][f"student{k}"]["top1"] for k in (0, 1)) for r in results]
+    rows = [line.split("│")[1:4] for line in table.splitlines() if "digits/vanilla dml" in line]
+    assert [name.strip().removeprefix("digits/vanilla dml ") for name, _, _ in rows] == [
+        "student0",
+        "student1",
+        "ensemble",
+        "mean of 2 students",
+    ]
+    assert [text.strip() for text in rows[-1][1:]] == [
+        f"{statistics.fmean(means):.2f}",
+        f"{statistics.stdev(means):.2f}",
+    ]
+    one = next(Path("runs").glob("*/seed0"))
+    code, _, errors = potstill("eval", f"{one}:student1")
+    assert code == 2 and f"potstill eval --weights {one}:student1" in errors
+    code, shown, _ = potstill("eval", "--weights", f"{one}:student1")
+    assert code == 0 and "resnet8: " in shown
+
+
+def test_a_note_is_one_line_where_the_output_is_no_terminal(potstill: Potstill) -> None:
+    _, shown, _ = potstill(*("train", *PAIR), "method.name=afd_online", "epochs=1", "--out", "run")
+    assert (
+        "note: optimizers.discriminators is not given: afd_online's published adam, lr 2e-05\n"
+        in shown
+    )
 
 
 def test_a_validation_split_is_watched_and_the_test_set_is_touched_once(potstill: Potstill) -> None:

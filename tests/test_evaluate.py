@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from potstill.evaluate import Scores, evaluate
+from potstill.evaluate import Ensemble, Scores, evaluate
 from potstill.method import Batch
-from potstill.peers import Ensemble
+from potstill.net import batch_statistics
 from tests.toys import ToyImages, toy_net
 
 
@@ -121,7 +121,7 @@ def test_extreme_logits_have_a_finite_loss():
     assert evaluate({"known": nn.Identity()}, images)["known"].loss == pytest.approx(1e4)
 
 
-# --- what predictors have in common
+# --- ensembles and their members
 
 
 class Counted(nn.Module):
@@ -176,75 +176,6 @@ def test_a_module_under_two_names_runs_once_and_scores_twice():
     assert found["one"] == found["other"] and module.calls == 1
 
 
-def test_shared_low_layers_run_once_under_different_heads():
-    trunk, heads = Counted(), [Counted(k) for k in (1, 2)]
-    predictors = {f"head{k}": nn.Sequential(trunk, head) for k, head in enumerate(heads)}
-    expected = separately(predictors, points(), batch_size=6)
-    trunk.calls = 0
-    assert evaluate(predictors, points(), batch_size=6) == expected
-    assert trunk.calls == 2 and [head.calls for head in heads] == [4, 4]
-
-
-def test_a_module_that_several_predictors_give_other_inputs_answers_each():
-    """And each of two inputs in turn: what was seen before the last is not remembered."""
-    shared = Counted()
-    first, second = Counted(1), Counted(2)
-    predictors = {
-        "a": nn.Sequential(first, shared),
-        "b": nn.Sequential(second, shared),
-        "c": shared,
-        "twice": nn.Sequential(shared, shared),
-    }
-    expected = separately(predictors, points())
-    assert len({score.loss for score in expected.values()}) == 4
-    assert evaluate(predictors, points()) == expected
-
-
-def test_what_is_written_into_is_computed_again():
-    """A head that works in place on what the shared layers gave; either order."""
-
-    class Scaled(nn.Module):
-        def __init__(self, factor: float) -> None:
-            super().__init__()
-            self.factor = factor
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x.mul_(self.factor)
-
-    trunk = Counted()
-    predictors = {
-        "plain": trunk,
-        "negated": nn.Sequential(trunk, Scaled(-1.0)),
-        "larger": nn.Sequential(trunk, Scaled(5.0)),
-        "plain again": nn.Sequential(trunk, nn.Identity()),
-    }
-    expected = separately(predictors, points())
-    assert len({score.loss for score in expected.values()}) == 3
-    assert evaluate(predictors, points()) == expected
-    backwards = dict(reversed(predictors.items()))
-    assert evaluate(backwards, points()) == expected
-
-
-def test_an_input_that_is_written_into_in_between_is_seen():
-    """The same tensor, other values: layers that are shared must not answer for the old ones."""
-
-    class Twice(nn.Module):
-        """The shared layers' answer to x, and to 2 x in the same memory."""
-
-        def __init__(self, shared: nn.Module) -> None:
-            super().__init__()
-            self.shared = shared
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.clone()
-            return self.shared(x) - 3 * self.shared(x.mul_(2))
-
-    shared = Counted()
-    predictors = {"twice": Twice(shared), "once": shared}
-    expected = separately(predictors, points())
-    assert evaluate(predictors, points()) == expected
-
-
 def test_a_member_that_writes_into_the_images_scores_as_alone():
     """Its answer to the images as they were is what the ensemble is given as well."""
 
@@ -257,112 +188,6 @@ def test_a_member_that_writes_into_the_images_scores_as_alone():
     expected = separately(predictors, points())
     assert expected["shifts"] == expected["ensemble"]
     assert evaluate(predictors, points()) == expected
-
-
-def test_calls_with_other_arguments_are_not_confused():
-    """Keywords, a second argument, a list of tensors."""
-
-    class Odd(nn.Module):
-        def forward(self, x: Any, factor: float = 1.0) -> Any:
-            if isinstance(x, list):
-                return x[0] - 3 * x[1]
-            return factor * x
-
-    class Uses(nn.Module):
-        def __init__(self, odd: nn.Module, how: Any) -> None:
-            super().__init__()
-            self.odd, self.how = odd, how
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.how(self.odd, x)
-
-    odd = Odd()
-    predictors = {
-        "plain": odd,
-        "keyword": Uses(odd, lambda m, x: m(x, factor=2.0)),
-        "named": Uses(odd, lambda m, x: m(x=x)),
-        "positional": Uses(odd, lambda m, x: m(x, -1.0)),
-        "list": Uses(odd, lambda m, x: m([x, x.flip(1)])),
-    }
-    expected = separately(predictors, points())
-    assert len({score.loss for score in expected.values()}) == 4
-    assert evaluate(predictors, points()) == expected
-
-
-def test_answers_that_are_no_tensors_are_passed_on():
-    """Two predictors take one entry each of a shared module's pair."""
-
-    class Pair(Counted):
-        def forward(self, x: Tensor) -> Any:
-            return super().forward(x), x
-
-    class Entry(nn.Module):
-        def __init__(self, pair: nn.Module, entry: int) -> None:
-            super().__init__()
-            self.pair, self.entry = pair, entry
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.pair(x)[self.entry]
-
-    pair = Pair()
-    predictors = {f"entry{i}": Entry(pair, i) for i in (0, 1)}
-    expected = separately(predictors, points())
-    assert expected["entry0"] != expected["entry1"]
-    assert evaluate(predictors, points()) == expected
-
-
-def test_forwards_are_put_back():
-    """No instance keeps a forward of its own, and a later call runs."""
-    members = [Counted(0), Counted(1)]
-    predictors = {"first": members[0], "ensemble": Ensemble(members), "second": members[1]}
-    evaluate(predictors, points())
-    assert not any("forward" in vars(m) for p in predictors.values() for m in p.modules())
-    x, before = torch.ones(1, 2), members[0].calls
-    members[0](x), members[0](x)
-    assert members[0].calls == before + 2
-
-
-def test_forwards_are_put_back_on_an_error():
-    class Fails(Counted):
-        def forward(self, x: Tensor) -> Tensor:
-            if self.calls:
-                raise RuntimeError("out of memory")
-            return super().forward(x)
-
-    fails = Fails()
-    ensemble = Ensemble([fails, Counted(1)])
-    with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate({"alone": fails, "ensemble": ensemble}, points(), batch_size=4)
-    assert fails.calls == 1
-    assert not any("forward" in vars(m) for m in ensemble.modules())
-    assert all(m.training for m in ensemble.modules())
-
-
-def test_a_forward_of_the_instance_is_left_alone():
-    """Other libraries put theirs there; it is called, and there afterwards."""
-    module = Counted()
-    own = module.forward
-    module.forward = lambda x: -own(x)
-    mine = module.forward
-    predictors = {"one": module, "ensemble": Ensemble([module, Counted(1)])}
-    expected = separately(predictors, points())
-    assert evaluate(predictors, points()) == expected
-    assert vars(module)["forward"] is mine
-
-
-@pytest.mark.parametrize("how", ["scripted", "traced"])
-def test_scripted_modules_are_left_alone(how: str):
-    """A traced one would lose its forward; they, and as parts of others, run as they are."""
-    linear, x = nn.Linear(2, 2), torch.ones(1, 2)
-    scripted = torch.jit.script(linear) if how == "scripted" else torch.jit.trace(linear, x)
-    predictors = {
-        "alone": scripted,
-        "ensemble": Ensemble([scripted, Counted(1)]),
-        "part": nn.Sequential(scripted, nn.ReLU()),
-    }
-    expected = separately(predictors, points())
-    assert evaluate(predictors, points()) == expected
-    assert torch.equal(scripted(x), linear(x))
 
 
 def test_weights_that_have_changed_are_seen():
@@ -409,43 +234,47 @@ def test_students_are_evaluated_while_they_learn():
         assert all(m.training for m in net.modules())
 
 
-def test_tensors_of_inference_mode_have_no_version_and_are_not_remembered():
-    first, second = toy_net(0).predictor(), toy_net(1).predictor()
-    predictors = {"first": first, "ensemble": Ensemble([first, second])}
-    with torch.inference_mode():
-        found = evaluate(predictors, ToyImages(8))
-    assert found == evaluate(predictors, ToyImages(8))
+def test_an_ensemble_of_ones_own_decides_itself():
+    """A weighted one is not the mean of its members."""
+
+    class Weighted(Ensemble):
+        def forward(self, image: Tensor) -> Tensor:
+            one, other = self.members
+            return one(image) - 2 * other(image)
+
+    members = [Counted(0), Counted(1)]
+    predictors = {"one": members[0], "weighted": Weighted(members), "mean": Ensemble(members)}
+    expected = separately(predictors, points())
+    assert len({score.loss for score in expected.values()}) == 3
+    assert evaluate(predictors, points()) == expected
 
 
-class Inner(nn.Module):
-    """Predicts with a feature captured inside its network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = toy_net(0)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.net.capture(image)["embed"][:, :4]
-
-
-def test_what_is_captured_inside_a_module_is_there_though_the_module_has_run():
-    inner = Inner()
-    predictors = {"plain": inner.net.module, "inner": inner}
-    assert evaluate(predictors, ToyImages(8)) == separately(predictors, ToyImages(8))
+def test_ensembles_of_ensembles():
+    """((a + b) / 2 + c) / 2, and a, b, c run once."""
+    a, b, c = members = [Counted(k) for k in range(3)]
+    inner = Ensemble([a, b])
+    found = evaluate({"inner": inner, "outer": Ensemble([inner, c])}, points())
+    assert [m.calls for m in members] == [1, 1, 1]
+    x = points().logits
+    logits = ((a.layer(x) + b.layer(x)) / 2 + c.layer(x)) / 2
+    loss = nn.functional.cross_entropy(logits, points().label)
+    assert found["outer"].loss == pytest.approx(loss.item(), rel=1e-6)
 
 
-class Negates(nn.Module):
-    """Writes into its input and gives it back."""
+def test_predictors_that_run_one_network_in_different_ways_score_as_each_alone():
+    """By running averages and by those of the batch: only an ensemble's members are shared."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.neg_()
+    class ByBatch(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
 
+        def forward(self, image: Tensor) -> Tensor:
+            with batch_statistics(self.net):
+                return self.net(image)
 
-def test_a_module_that_gives_its_input_back_runs_each_time():
-    """Twice in one predictor, which undoes it, and once in another."""
-    negates = Negates()
-    predictors = {
-        "twice": nn.Sequential(Counted(), negates, negates),
-        "once": nn.Sequential(Counted(), negates),
-    }
-    assert evaluate(predictors, points()) == separately(predictors, points())
+    net = toy_net(0).predictor()
+    predictors = {"running": net, "batch": ByBatch(net)}
+    expected = separately(predictors, ToyImages(16))
+    assert expected["running"] != expected["batch"]
+    assert evaluate(predictors, ToyImages(16)) == expected

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 import potstill
 from potstill.errors import MethodError, TapError
+from potstill.evaluate import Ensemble
 from potstill.method import Method, Outputs, Progress, Terms
 from potstill.methods.dml import DML
 from potstill.methods.ensemble_kd import EnsembleKD
 from potstill.methods.l1 import L1
 from potstill.net import Net
-from potstill.peers import Ensemble, Peers, last_maps, require_different_students
+from potstill.peers import Peers, last_maps
 from tests.test_notebook import SHAPE, go, images, network
 from tests.toys import ToyImages, toy_net
 
@@ -181,9 +182,7 @@ def test_equal_weights_in_another_network_are_accepted():
     one = toy_net(0)
     module = copy.deepcopy(one.module)
     module.relu = nn.Tanh()
-    require_different_students(
-        Alone([one, Net(module, {}, one.input_shape)], [], ToyImages().spec(0))
-    )
+    Alone([one, Net(module, {}, one.input_shape)], [], ToyImages().spec(0))
 
 
 @pytest.mark.parametrize("kind", [DML, EnsembleKD, L1])
@@ -207,7 +206,7 @@ def test_networks_of_other_shapes_are_accepted():
 
 
 def test_one_student_has_nobody_to_be_equal_to():
-    require_different_students(peers(1, Single))
+    peers(1, Single)
     L1([toy_net(0)], [toy_net(0)], ToyImages().spec())
 
 
@@ -291,3 +290,12 @@ def test_maps_that_cannot_be_had():
         "Alone needs feature maps (C, H, W), but 'embed' of student 1 is (8,); choose taps=[...] "
         "before the pooling"
     )
+
+
+def test_a_student_that_cannot_learn_is_refused():
+    frozen = toy_net(1)
+    frozen.requires_grad_(False)
+    method = DML([toy_net(0), frozen], [], ToyImages().spec(0))
+    with pytest.raises(MethodError) as error:
+        method.phases()
+    assert str(error.value) == "DML: student1 is frozen, and every student learns here"

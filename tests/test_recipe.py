@@ -371,9 +371,15 @@ def test_another_method_drops_the_optimisers_of_the_one_before(override):
     assert list(found.optimizers) == ["default"]
     assert found.method.temperature == 3
     assert found.notes[-2:] == [
-        "method.name=dml drops optimizers.discriminators, which it has no use for",
         "method.name=dml drops optimizers.features, which it has no use for",
+        "method.name=dml drops optimizers.discriminators, which it has no use for",
     ]
+
+
+def test_an_optimiser_of_a_phases_update_is_dropped_too():
+    text = load(PAIR).to_yaml().replace("  features:", "  distill.features:")
+    assert "distill.features" in loads(text).optimizers
+    assert list(loads(text, ["method.name=one"]).optimizers) == ["default"]
 
 
 def test_an_optimiser_that_is_given_for_another_method_is_kept_and_will_be_told():

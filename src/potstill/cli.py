@@ -111,7 +111,7 @@ def train(
     with distributed.together():
         console = Console(quiet=distributed.rank() > 0)
         for note in loaded.notes:
-            console.print(f"note: {note}", markup=False, highlight=False)
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
         runs = []
         for seed in range(loaded.seed, loaded.seed + seeds):
             one = loaded.model_copy(update={"seed": seed})
@@ -124,7 +124,9 @@ def train(
             _print_result(run, place, console)
             runs.append(run)
         if seeds > 1:
-            console.print(report.table(report.rows({str(recipe): runs})))
+            swapped = any(override.startswith("method") for override in overrides)
+            named = f"{recipe} {loaded.method.name}" if swapped else str(recipe)
+            console.print(report.table(report.rows({named: runs})))
 
 
 def _default_directory(recipe: str, resolved: Recipe) -> Path:
@@ -149,6 +151,8 @@ def _newest_unfinished(root: Path) -> Path:
 
 
 def _print_result(run: Run, place: Path, console: Any) -> None:
+    from potstill import report
+
     result = run.result or {}
     for name, score in result["scores"].items():
         best = result["best_epoch"][name]
@@ -158,8 +162,7 @@ def _print_result(run: Run, place: Path, console: Any) -> None:
         )
         chosen = ", chosen on the test set, not a result" if best["split"] == "test" else ""
         console.print(f"{line}{chosen})", highlight=False, soft_wrap=True)
-    students = [s["top1"] for name, s in result["scores"].items() if name.startswith("student")]
-    if len(students) > 1:
+    if len(students := report.students(result)) > 1:
         mean = sum(students) / len(students)
         console.print(f"mean of {len(students)} students: {mean:.2f} % top-1", highlight=False)
     console.print(
@@ -192,6 +195,10 @@ def evaluate(
     if run is not None:
         if data is not None:
             raise PotstillError("a run is measured on its own data: leave --data out")
+        if not run.exists() and Path(str(run).rpartition(":")[0] or "?").is_dir():
+            raise PotstillError(
+                f"{run} is one predictor: potstill eval --weights {run}, or the run for all of them"
+            )
         scores = training.evaluate_run(run, root, allow_code)
     else:
         scores = training.evaluate_weights(

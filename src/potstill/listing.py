@@ -77,6 +77,7 @@ def _methods() -> list[dict[str, Any]]:
             "students": list(method.students_needed),
             "teachers": list(method.teachers_needed),
             "epochs": dict(method.lengths),
+            "optimizers": list(method.published_optimizers),
             "arguments": {
                 p.name: p.default
                 for p in inspect.signature(method.__init__).parameters.values()

@@ -87,15 +87,6 @@ class _Recorder:
             self.tape.versions[self.name] = value._version
 
 
-def captured_from(module: nn.Module) -> bool:
-    """Whether a forward that is under way captures a feature inside a module."""
-    return any(
-        isinstance(hook, _Recorder) and hook.tape.values is not None
-        for part in module.modules()
-        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-    )
-
-
 class _Inserted:
     """A hook that passes a module's input or output through another module."""
 
@@ -303,17 +294,6 @@ class Net(_Wrapper):
                 "take_out() first"
             )
         self._hook(target, _Inserted(self._tape, tap, target.of_input, change))
-
-    def replace(self, parts: Mapping[str, nn.Module]) -> None:
-        """Put modules of the same kind in place of the network's own ones; its taps follow.
-
-        `parts` is by name, of the top level.
-        """
-        self._remove_hooks((_Recorder,), None)
-        for name, part in parts.items():
-            self.module.add_module(name, part)
-        for name, target in self._targets.items():
-            self._install(name, target)
 
     def take_out(self) -> None:
         """Undo every `insert`."""

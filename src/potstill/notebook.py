@@ -123,8 +123,15 @@ def distill(
             job.training.restore(checkpoint.tensors, checkpoint.state)
         else:
             with display.watcher(Console(), quiet=quiet) as watcher:
+                for note in recipe.notes:
+                    watcher.say(f"note: {note}")
                 training.carry_out(job, run, watcher)
-        run.students = [_trained(p) for p in job.method.predictors().values()]
+        predicting = [_trained(p) for p in job.method.predictors().values()]
+        for (given, _), whole in zip(learning, job.method.networks, strict=True):
+            if whole is not given:  # trained as part of another network, in a copy
+                given.module.load_state_dict(whole.module.state_dict())
+                predicting = [given.module if m is whole.module else m for m in predicting]
+        run.students = predicting
     finally:
         for thing, name, value in kept:
             setattr(thing, name, value)

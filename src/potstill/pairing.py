@@ -86,10 +86,10 @@ def nothing_to_compare(
             f"{name} compares feature maps, and no stages of {called(role)} are known; choose "
             f"{_example(argument)} among {maps}"
         )
+    other = "reads the vector 'embed': rkd, crd" if method.teachers else "needs none: dml"
     return MethodError(
         f"{name} compares feature maps (C, H, W), and {called(role)} has none among its taps "
-        f"{sorted(shapes)}; name one with Net(..., taps=...), or use a method that reads the "
-        "vector 'embed': rkd, crd"
+        f"{sorted(shapes)}; name one with Net(..., taps=...), or use a method that {other}"
     )
 
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from potstill.errors import MethodError
+from potstill.evaluate import Ensemble
 from potstill.method import DataSpec, Method, Phase, Terms, Turn, Update
 from potstill.net import Net
 from potstill.pairing import Role, Shape, last_map
-
-
-class Ensemble(nn.Module):
-    """Mean of the logits of several predictors. (B, C, H, W) -> (B, K)"""
-
-    def __init__(self, members: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return torch.stack([member(image) for member in self.members]).mean(dim=0)
 
 
 class Peers(Method):
@@ -40,7 +30,7 @@ class Peers(Method):
 
     def __init__(self, students: Sequence[Net], teachers: Sequence[Net], data: DataSpec) -> None:
         super().__init__(students, teachers, data)
-        require_different_students(self)
+        require_different(self, [net.module for net in self.nets])
         outputs = [net.num_classes for net in students]
         if len(set(outputs)) > 1:
             raise MethodError(
@@ -60,6 +50,10 @@ class Peers(Method):
         """The step of student k."""
         modules = self.trained_with(k)
         parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        if not parameters:
+            raise MethodError(
+                f"{type(self).__name__}: {self.name_of(k)} is frozen, and every student learns here"
+            )
         # its loss reaches its own network alone, and goes back through it for the last time
         return Update(self.name_of(k), partial(self.loss_of, k), parameters, last=True)
 
@@ -77,15 +71,15 @@ class Peers(Method):
         return {**each, "ensemble": Ensemble(each.values())}
 
 
-def require_different_students(method: Method) -> None:
-    """Raise MethodError where two students start from equal weights.
+def require_different(method: Method, modules: Sequence[nn.Module]) -> None:
+    """Raise MethodError where the modules of two students start from equal weights.
 
     They see the same images, so they would predict the same for ever, or nearly.
     """
-    for j, net in enumerate(method.nets):
-        for i, other in enumerate(method.nets[:j]):
-            alike = repr(net.module) == repr(other.module)
-            if alike and all(map(torch.equal, net.parameters(), other.parameters())):
+    for j, module in enumerate(modules):
+        for i, other in enumerate(modules[:j]):
+            alike = repr(module) == repr(other)
+            if alike and all(map(torch.equal, module.parameters(), other.parameters())):
                 raise MethodError(
                     f"{type(method).__name__}: students {i} and {j} start from equal weights and "
                     "see the same images, so neither has anything to teach; initialise each anew"

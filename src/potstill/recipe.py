@@ -727,7 +727,8 @@ def _resolve(
 def _with_published_optimizers(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with the optimisers that its method was published with and it does not name."""
     wanted = _method(recipe.method.name).published_optimizers
-    missing = [u for u in wanted if not any(k.split(".")[-1] == u for k in recipe.optimizers)]
+    there = {key.rpartition(".")[2] for key in recipe.optimizers}
+    missing = [update for update in wanted if update not in there]
     if not missing:
         return recipe, []
     (*_, published), (*_, length) = (
@@ -888,18 +889,16 @@ def _drop_optimizers(
     if old == new or not all(isinstance(n, str) and n in _choices("method") for n in (old, new)):
         return []
     there = _at(raw, ("optimizers",))
+    gone = _method(old).published_optimizers.keys() - _method(new).published_optimizers
     stale = [
-        update
-        for update in _method(old).published_optimizers.keys() - _method(new).published_optimizers
-        if _at(there, (update,)) is not None
-        and not any(path[:2] == ("optimizers", update) for path in given)
+        key
+        for key in (there if isinstance(there, dict) else ())
+        if key.rpartition(".")[2] in gone  # "update", or "phase.update"
+        and not any(path[:2] == ("optimizers", key) for path in given)
     ]
-    for update in stale:
-        del there[update]
-    return [
-        f"method.name={new} drops optimizers.{update}, which it has no use for"
-        for update in sorted(stale)
-    ]
+    for key in stale:
+        del there[key]
+    return [f"method.name={new} drops optimizers.{k}, which it has no use for" for k in stale]
 
 
 def _replaced(raw: dict[str, Any], original: dict[str, Any], given: Sequence[_Path]) -> list[str]:

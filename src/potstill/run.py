@@ -315,7 +315,7 @@ class Run:
         if name not in names:
             if not self.finished:
                 raise PotstillError(f"{self._path('')} has not finished: continue it with --resume")
-            hint = did_you_mean(name, names)
+            hint = did_you_mean(name, names) if name != "student" else ""  # that nobody named
             several = f" (RUN:{names[0]} names one)" if len(names) > 1 else ""
             has = f"{', '.join(names)}{several}"
             raise PotstillError(f'no predictor "{name}"; this run has {has}{hint}')

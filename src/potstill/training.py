@@ -193,14 +193,7 @@ def build_network(
     found = model_weights.read(source) if source is not None and not pretrained else None
     if found is None and not is_name(name):
         found = model_weights.read(name)
-        if found.about.get("model", name) is None:  # of a run of ours
-            raise NetworkError(
-                f"{key}.name={name} is no single network, but an ensemble or a network with a "
-                "layer of its method; choose another of the run's predictors"
-            )
-        if found.model is None:
-            raise NetworkError(f"{key}.name={name} does not say its architecture; give the name")
-        name = found.model
+        name = model_weights.require_architecture(found, f"give {key}.name")
     split, own = data.train, network.normalize
     # data that normalise themselves reach every network as they are
     unstated = (split.mean, split.std) if isinstance(split.images, datasets.UserSet) else None
@@ -663,15 +656,14 @@ def evaluate_weights(
     `weights`, where the model is another library's, which publishes them. `report` is told what was
     taken from another program's file.
     """
-    found = None
-    if weights is not None:
-        found = model_weights.read(weights)
-        model, dataset = model or found.model, dataset or found.about.get("data")
+    found = None if weights is None else model_weights.read(weights)
+    if found is not None:
+        name = model or model_weights.require_architecture(found, "add --model NAME")
+        dataset = dataset or found.about.get("data")
     elif model is None or not model.startswith(PREFIXES):
         raise PotstillError("--weights is missing: a model without weights is not worth measuring")
-    name = model
-    if name is None:
-        raise NetworkError(f"{weights} does not say its architecture; add --model NAME")
+    else:
+        name = model
     if dataset is None:
         raise NetworkError(
             f"{weights or name} does not say what it was trained on; add --data NAME"

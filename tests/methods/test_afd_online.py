@@ -784,8 +784,8 @@ def test_a_tap_that_is_no_map_is_refused():
 def test_a_network_without_maps_is_refused():
     assert refused(MethodError, toy_net(0), flat_networks()[1]) == (
         "AFDOnline compares feature maps (C, H, W), and student 1 has none among its taps "
-        "['embed', 'hidden']; name one with Net(..., taps=...), or use a method that reads the "
-        "vector 'embed': rkd, crd"
+        "['embed', 'hidden']; name one with Net(..., taps=...), or use a method that needs none: "
+        "dml"
     )
 
 

@@ -228,14 +228,14 @@ def test_low_layers_are_shared_and_the_others_are_each_students_own():
     nets = toys(3)
     low = dict(nets[0].module.named_parameters())
     method = one(*nets)
-    own = [net.module.state_dict(keep_vars=True) for net in nets]
+    own = [net.module.state_dict(keep_vars=True) for net in method.whole]
     for name in own[0]:
         same = len({id(state[name]) for state in own}) == 1
         assert same == (not name.startswith(("layer3", "fc"))), name
     assert all(low[name] is own[1][name] for name in low if not name.startswith(("layer3", "fc")))
     moved = {id(p) for p in method.trainable()}
     assert moved == {
-        *(id(p) for net in nets for p in net.parameters()),
+        *(id(p) for net in method.whole for p in net.parameters()),
         *(id(p) for p in method.student.module.gate.parameters()),
     }
 
@@ -423,21 +423,17 @@ def counted(seed: int) -> Net:
     return Net(module, {"stage1": "1", "stage2": "3"}, SHAPE)
 
 
-def test_shared_layers_run_once_a_step_and_once_a_batch_of_an_evaluation():
-    """Every branch once; students and ensemble are three predictors."""
+def test_shared_layers_and_every_branch_run_once_a_step():
     method = one(counted(0), counted(1))
     Counted.calls.clear()
     (phase,) = method.phases()
     chosen = {"student": torch.optim.SGD(method.trainable(), 0.1)}
     engine.train_step(phase, chosen, batch_of(), LATE, seed=0)
     assert Counted.calls == {"low": 1, "high": 2}
-    Counted.calls.clear()
-    scores = evaluate(method.predictors(), ToyImages(), batch_size=16)
-    assert scores.keys() == {"student0", "student1", "ensemble"}
-    assert Counted.calls == {"low": 4, "high": 8}
 
 
-def test_modules_given_to_distill_are_trained_and_share_their_low_layers():
+def test_modules_given_to_distill_are_trained_and_stay_separate_networks():
+    """With the low layers that were shared, each in a copy of its own: it can be done again."""
     x = ToyImages(32)
     data = list(zip(x.image, x.label.tolist(), strict=True))
     nets = [toy_net(seed) for seed in (0, 1)]
@@ -448,15 +444,39 @@ def test_modules_given_to_distill_are_trained_and_share_their_low_layers():
     run = potstill.distill(None, modules, data, data, "one", epochs=1, batch_size=16, quiet=True)
     scores = run.result["scores"]
     assert scores.keys() == {"student0", "student1", "ensemble"}
-    for name in ("conv1", "layer1", "layer2"):
-        assert getattr(modules[0], name) is getattr(modules[1], name)
+    low = [name for name in before[0] if not name.startswith(("layer3", "fc"))]
+    states = [module.state_dict() for module in modules]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in low)
+    assert not {p.data_ptr() for p in modules[0].parameters()} & {
+        p.data_ptr() for p in modules[1].parameters()
+    }
     for k, module in enumerate(modules):
         assert run.students[k] is module
         weights = [name for name, _ in module.named_parameters()]
         state = module.state_dict()
         assert not [name for name in weights if torch.equal(state[name], before[k][name])]
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
-    assert modules[0].layer3 is not modules[1].layer3
+    image = x.image[:4]
+    with torch.no_grad():
+        modules[1].eval()
+        mean = (modules[0].eval()(image) + modules[1](image)) / 2
+    assert mean.shape == (4, CLASSES)
+    assert run.result["scores"]["student1"] == evaluate({"it": modules[1]}, x)["it"]._asdict()
+    potstill.distill(None, modules, data, data, "one", epochs=1, batch_size=16, quiet=True)
+
+
+def test_modules_are_left_alone_where_the_training_is_refused_later():
+    """By an optimiser that fits no update, when the method has been built."""
+    data = list(zip(ToyImages(8).image, ToyImages(8).label.tolist(), strict=True))
+    modules = [toy_net(seed).module for seed in (0, 1)]
+    before = [copy.deepcopy(module.state_dict()) for module in modules]
+    wrong = {"default": {"name": "sgd", "lr": 0.1}, "studnt": {"name": "sgd", "lr": 0.1}}
+    with pytest.raises(MethodError, match="studnt fits no update"):
+        potstill.distill(None, modules, data, data, "one", optimizers=wrong, quiet=True)
+    for module, state in zip(modules, before, strict=True):
+        now = module.state_dict()
+        assert all(torch.equal(now[name], state[name]) for name in state)
+    assert modules[0].layer1 is not modules[1].layer1
 
 
 def test_in_half_precision_the_gate_sees_float32():
@@ -516,17 +536,40 @@ def test_a_module_that_stands_in_the_line_twice_is_shared_at_every_place():
         close(method.student(image)[f"branch{k}"], whole.logits(image))
 
 
-def test_the_taps_of_every_student_read_what_runs():
-    """Also those of the low layers, which students after the first got from it."""
-    first, second = toys(2)
-    one(first, second)
-    first.eval(), second.eval()
+def test_what_is_given_stays_as_it_is():
+    """The other students' low layers are left out of copies; taps of the networks go on reading."""
+    nets = toys(2)
     image = batch_of(4).image
-    own, other = first(image), second(image)
-    assert own.features.keys() == other.features.keys() == first.shapes.keys()
-    for tap in ("stem", "stage1", "stage2"):
-        assert torch.equal(own[tap], other[tap])
-    assert not torch.equal(own["stage3"], other["stage3"])
+    before = [net.eval()(image) for net in nets]
+    one(*nets)
+    for net, was in zip(nets, before, strict=True):
+        now = net.eval()(image)
+        assert now.features.keys() == was.features.keys()
+        assert all(torch.equal(now[tap], was[tap]) for tap in now.features)
+        assert torch.equal(now.logits, was.logits)
+
+
+def test_branches_of_equal_weights_are_refused():
+    """Low layers that differ are left out."""
+    nets = toys(2)
+    for name in ("layer3", "fc"):
+        other = getattr(nets[0].module, name).state_dict()
+        getattr(nets[1].module, name).load_state_dict(other)
+    assert refused(MethodError, *nets) == (
+        "ONE: students 0 and 1 start from equal weights and see the same images, so neither has "
+        "anything to teach; initialise each anew"
+    )
+
+
+def test_layers_without_weights_must_be_alike_too():
+    nets = toys(2)
+    nets[1].module.relu = nn.GELU()
+    assert "student 1 is another network than student 0" in refused(MethodError, *nets)
+
+
+def test_a_ramp_of_negative_length_is_refused():
+    with pytest.raises(MethodError, match="ramp_epochs is -3; give 0 for no ramp, or more"):
+        one(ramp_epochs=-3.0)
 
 
 def test_the_gate_is_where_the_students_are_and_of_their_kind():
@@ -549,9 +592,9 @@ class Own(nn.Module):
 
 def test_a_network_that_is_no_line_of_parts_is_refused():
     nets = [Net(Own(k), {"stage1": "low", "stage2": "high"}, SHAPE) for k in (0, 1)]
-    assert refused(NetworkError, *nets) == (
-        "'stage1' ('low') is not between two parts of a line of parts, so this Own cannot be cut "
-        "there"
+    assert refused(MethodError, *nets) == (
+        "ONE cuts networks that are one line of parts (nn.Sequential), and student 0 is a Own with "
+        "a forward of its own"
     )
 
 

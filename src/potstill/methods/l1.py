@@ -9,12 +9,13 @@ from torch import nn
 
 from potstill.connectors import Connected, transfer
 from potstill.errors import MethodError
+from potstill.evaluate import Ensemble
 from potstill.losses import meet, soft_kl
 from potstill.method import Batch, DataSpec, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import Role
-from potstill.peers import Ensemble, Peers, last_maps
+from potstill.peers import Peers, last_maps
 
 
 class L1(Peers):

@@ -18,9 +18,9 @@ from potstill.connectors import require_two_images
 from potstill.errors import MethodError
 from potstill.losses import soft_kl
 from potstill.method import DataSpec, Method, Outputs, Terms
-from potstill.net import Net, in_full
+from potstill.net import Net, in_full, shared_copy
 from potstill.pairing import map_shape
-from potstill.peers import require_different_students
+from potstill.peers import require_different
 
 
 class ONE(Method):
@@ -38,7 +38,8 @@ class ONE(Method):
     scale in runs of other lengths, and whole epochs e. Nothing is said about WRNs: their branches
     begin after the second group's sum.
 
-    Every student predicts with the shared layers, as a complete network; "ensemble" is z_e.
+    Every student predicts with the shared layers, as a complete network; "ensemble" is z_e. The
+    other students' own low layers are left out.
     """
 
     students_needed = (2, None)
@@ -55,22 +56,27 @@ class ONE(Method):
         tap: str | None = None,
     ) -> None:
         super().__init__(students, teachers, data)
-        require_different_students(self)
         require_two_images(self)
+        if ramp_epochs < 0:
+            raise MethodError(f"ONE: ramp_epochs is {ramp_epochs:g}; give 0 for no ramp, or more")
         for k, net in enumerate(self.nets):
             self._require_alike(k, net)
         self.temperature, self.ramp_epochs = temperature, ramp_epochs
         self.tap = tap or self._stage_before_the_last()
         width, _, _ = map_shape(self, "student", self.tap, "tap")
-        tails = [net.tail(self.tap) for net in self.nets]
-        trunk = _before(self.student.module, tails[0])
-        for net in self.nets[1:]:  # which so remain complete networks
-            net.replace(trunk)
-        self.whole = tuple(students)  # no submodules: their layers are those of the branched one
+        first, *others = self.nets
+        copies = [shared_copy(net) for net in others]  # what is given stays as it is
+        tails = [net.tail(self.tap) for net in (first, *copies)]
+        require_different(self, tails)
+        trunk = _before(first.module, tails[0])
+        for net in copies:  # which predict, and capture nothing
+            net.close()
+            for part_name, part in trunk.items():
+                net.module.add_module(part_name, part)
+        self.whole = (first, *copies)  # no submodules: their layers are those of the branched one
         like = next(self.student.parameters())
         branches = Branches(nn.Sequential(trunk), tails, gate(width, len(tails)).to(like))
         named = {f"branch{k}": f"branches.{k}" for k in range(len(tails))}
-        # the shared map is tapped so that a branch that writes into it is refused
         taps = {"shared": "trunk", "gate": "gate", **named}
         self.students = nn.ModuleList([Net(branches, taps, self.student.input_shape)])
 
@@ -81,8 +87,12 @@ class ONE(Method):
                 f"{name}: student {k} has a normalisation of its own, and students that share "
                 "their low layers see the same images; leave normalize out"
             )
-        own, other = ({k: v.shape for k, v in n.state_dict().items()} for n in (net, first))
-        if type(net.module) is not type(first.module) or own != other or net.taps != first.taps:
+        if type(net.module).forward is not nn.Sequential.forward:
+            raise MethodError(
+                f"{name} cuts networks that are one line of parts (nn.Sequential), and student {k} "
+                f"is a {type(net.module).__name__} with a forward of its own"
+            )
+        if repr(net.module) != repr(first.module) or net.taps != first.taps:
             raise MethodError(
                 f"{name}: student {k} is another network than student 0, and students share their "
                 "low layers; give the same architecture to each"

@@ -87,15 +87,29 @@ def read(path: str | Path) -> Weights:
     path = Path(path).expanduser()
     folder, _, predictor = str(path).rpartition(":")
     if folder and not path.exists() and Path(folder).is_dir():  # RUN:student0
-        return ours(*Run.open(folder).load_predictor(predictor), str(path))
-    if path.is_dir():
-        return ours(*Run.open(path).load_predictor("student"), str(path))
-    if not path.is_file():
+        tensors, about = Run.open(folder).load_predictor(predictor)
+    elif path.is_dir():
+        tensors, about = Run.open(path).load_predictor("student")
+    elif not path.is_file():
         raise StorageError(f"no weights at {path}: no such file or run folder")
-    if path.suffix == ".safetensors":
+    elif path.suffix == ".safetensors":
         tensors, text = load_tensors(path)
-        return ours(tensors, {k: _from_json(v) for k, v in text.items()}, str(path))
-    return Weights(_read_foreign(path), str(path))
+        about = {k: _from_json(v) for k, v in text.items()}
+    else:
+        return Weights(_read_foreign(path), str(path))
+    return ours(tensors, about, str(path))
+
+
+def require_architecture(found: Weights, otherwise: str) -> str:
+    """The architecture that a file says. Raises NetworkError, with what to do `otherwise`."""
+    if found.model is not None:
+        return found.model
+    if found.about.get("model", "") is None:  # of a run of ours
+        raise NetworkError(
+            f"{found.source} is no single network, but an ensemble or a network with a layer of "
+            "its method; choose another of the run's predictors"
+        )
+    raise NetworkError(f"{found.source} does not say its architecture; {otherwise}")
 
 
 HEAD = "fc"

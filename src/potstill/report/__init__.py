@@ -14,25 +14,37 @@ from potstill.run import Run
 def rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     """One row for each predictor of each named group of finished runs.
 
-    "mean" and "std" (n - 1, None for a single run) are of the last epoch's test top-1, in percent.
+    And one for the mean of the students, where a run has several. "mean" and "std" (n - 1, None for
+    a single run) are of the last epoch's test top-1, in percent.
     """
     found = []
     for group, runs in groups.items():
         results = [r.result for r in runs if r.result is not None]
-        for predictor in results[0]["scores"]:
-            top1 = [r["scores"][predictor]["top1"] for r in results]
-            several = len(results[0]["scores"]) > 1
+        first = results[0]
+        columns = {name: [r["scores"][name]["top1"] for r in results] for name in first["scores"]}
+        parameters: dict[str, int | None] = dict(first["parameters"])
+        if (count := len(students(first))) > 1:
+            columns[mean := f"mean of {count} students"] = [
+                statistics.fmean(students(r)) for r in results
+            ]
+            parameters[mean] = None
+        for name, top1 in columns.items():
             found.append(
                 {
-                    "name": f"{group} {predictor}" if several else group,
+                    "name": f"{group} {name}" if len(columns) > 1 else group,
                     "mean": statistics.fmean(top1),
                     "std": statistics.stdev(top1) if len(top1) > 1 else None,
                     "n": len(top1),
-                    "parameters": results[0]["parameters"][predictor],
+                    "parameters": parameters[name],
                     "images_per_second": statistics.median(r["images_per_second"] for r in results),
                 }
             )
     return found
+
+
+def students(result: Mapping[str, Any]) -> list[float]:
+    """Top-1 of every student of a run, without ensembles."""
+    return [s["top1"] for name, s in result["scores"].items() if name.startswith("student")]
 
 
 HEAD = ("", "top-1 mean %", "top-1 std", "n", "parameters", "images/s")
@@ -45,7 +57,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['mean']:.2f}",
         "-" if row["std"] is None else f"{row['std']:.2f}",
         str(row["n"]),
-        f"{row['parameters']:,}",
+        "-" if row["parameters"] is None else f"{row['parameters']:,}",
         f"{row['images_per_second']:,.0f}",
     ]
 

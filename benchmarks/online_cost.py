@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from method_cost import peak_bytes, steps_of
 
-from potstill import training
+from potstill import memory, training
 from potstill.evaluate import evaluate
 from potstill.recipe import load
 
@@ -110,6 +110,7 @@ def measure(method: str, students: Sequence[str], common: Sequence[str], n: int)
     row["peak_bytes"] = peak_bytes(whole.device)
     own = job(METHODS[method], students, common)
     plain = [job(["method.name=vanilla"], [student], common) for student in students]
+    n = min(n, own.training.steps - 2)  # two do not count
     run, others = own.training.run(), [p.training.run() for p in plain]
     together, apart = in_turns(
         lambda: next(run), lambda: [next(other) for other in others], own.device, n
@@ -163,7 +164,9 @@ if __name__ == "__main__":
     common.append(f"precision={options.precision}")
     if options.alone:
         ((method,), (networks,)) = options.methods, options.networks
-        print(json.dumps(measure(method, networks.split(","), common, options.steps)))
+        with memory.kept(training.choose_device("auto")):  # as in every training
+            found = measure(method, networks.split(","), common, options.steps)
+        print(json.dumps(found))
         sys.exit()
     rows: dict[str, dict[str, Any]] = {}
     environment: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from potstill import data as datasets
-from potstill import distributed, engine
+from potstill import distributed, engine, memory
 from potstill.errors import MethodError, NetworkError, PotstillError
 from potstill.evaluate import Scores, evaluate
 from potstill.method import DataSpec, Method, Phase
@@ -365,7 +365,7 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> None:
         _resume(job, run, watcher)
         if job.compile:
             engine.compile_networks(job.method)
-        with _stop_requests() as requested:
+        with _stop_requests() as requested, memory.kept(job.device):
             _train(job, run, watcher, requested)
         # the split that chose nothing: with a validation split the test set is touched here alone
         tested = None if job.data.validation is None else _scores(job, job.data.test)

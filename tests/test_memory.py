@@ -52,7 +52,7 @@ def test_what_a_step_frees_is_kept_for_the_next_one_and_handed_back_at_the_end()
 
 @needs_glibc
 def test_the_environment_has_the_last_word():
-    """Where it says anything of how memory is kept: glibc then gives such blocks back one by one."""
+    """Where it says anything of how memory is kept. glibc then gives such blocks back at once."""
     within, _ = held(MALLOC_ARENA_MAX="1")
     assert within < 60
 

@@ -22,9 +22,8 @@ def kept(device: torch.device) -> Iterator[None]:
     """Within, the C library keeps what a step frees for the next one; then it hands all back.
 
     Otherwise glibc returns the top of the heap whenever 64 MiB there are free, which the
-    activations of two networks are, and the next step finds every page missing: a tenth of the time
-    of two ResNet-20. Nothing happens on a GPU, with another C library, or where a variable of the
-    environment tunes glibc's (MALLOC_...).
+    activations of two networks are, and the next step finds every page missing. Nothing happens on
+    a GPU, with another C library, or where a variable of the environment tunes glibc's (MALLOC_...).
     """
     library = ctypes.CDLL(None) if os.name == "posix" else None
     ours = device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ)

@@ -23,7 +23,7 @@ def kept(device: torch.device) -> Iterator[None]:
 
     Otherwise glibc returns the top of the heap whenever 64 MiB there are free, which the
     activations of two networks are, and the next step finds every page missing. Nothing happens on
-    a GPU, with another C library, or where a variable of the environment tunes glibc's (MALLOC_...).
+    a GPU, with another C library, or where the environment tunes glibc (MALLOC_...).
     """
     library = ctypes.CDLL(None) if os.name == "posix" else None
     ours = device.type == "cpu" and not any(name.startswith("MALLOC_") for name in os.environ)

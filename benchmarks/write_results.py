@@ -159,7 +159,7 @@ def taps(path: Path) -> list[str]:
 def methods(heading: str, text: str, files: Sequence[Path]) -> list[str]:
     """What every method costs beside plain training."""
     parts = [f"## {heading}\n", text]
-    head = ["method", "phase", "images/s", "of vanilla's", "quartiles", "peak MiB", "loss"]
+    head = ["method", "phase", "images/s", "of vanilla's", "quartiles", "n", "peak MiB", "loss"]
     line = "python benchmarks/method_cost.py --teacher ... --precision {} --steps {} --out {}"
     lines = []
     for path in files:
@@ -175,13 +175,14 @@ def methods(heading: str, text: str, files: Sequence[Path]) -> list[str]:
                         f"{cost['images_per_second']:.0f}",
                         f"{cost['ratio']:.3f}",
                         "{:.3f} to {:.3f}".format(*cost["ratio_quartiles"]),
+                        str(cost["n"]),
                         f"{row['peak_bytes'] / 2**20:.0f}",
                         "fell" if cost["falling"] else "did not fall",
                     ]
                 )
         parts += [
             table(head, rows) + "\n",
-            f"n {found['n']}. On: {hardware(found['environment'])}.\n",
+            f"On: {hardware(found['environment'])}.\n",
         ]
         command = line.format(setting["precision"], found["n"], path.as_posix())
         if setting["data"] != "cifar100":
@@ -264,7 +265,7 @@ ON_TOGETHER = """\
 One epoch of 3,200 images, batch 64, every network's cross-entropy falling or not; then steps in
 turns with as many plain trainings, one a network. The ratio is the time of the plain ones over that
 of all together: 1 is what separate runs take. A whole run's is of 50,000 training and 10,000 test
-images an epoch, the ensemble evaluated too. By counting passes (forward 1, backward 2), two
+images an epoch, the ensemble evaluated too. By counting passes (forward 1, backward 2), two equal
 networks can reach 6/7 of it in `dml`, whose first network predicts twice, three 9/11; and 3/5 in
 `afd_online`, which goes backwards through each network twice. In `one` the low layers are shared.
 """

@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def measure(method: str, setting: Setting, steps: int) -> dict[str, Any]:
         timed = min(steps, own.training.steps - 4)  # the last one also begins the next phase
         for i in range(timed + 3):
             for key, steps_to_take in (("method", run), ("vanilla", plain)):
-                took = _seconds(steps_to_take, own.device)
+                took = seconds_of(lambda steps=steps_to_take: next(steps), own.device)
                 if i >= 3:
                     seconds[key].append(took)
         ratios = [b / a for a, b in zip(seconds["method"], seconds["vanilla"], strict=True)]
@@ -147,11 +147,12 @@ def measure(method: str, setting: Setting, steps: int) -> dict[str, Any]:
     }
 
 
-def _seconds(run: Iterator[engine.Moment], device: torch.device) -> float:
+def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
+    """Seconds it takes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
-    next(run)
+    action()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

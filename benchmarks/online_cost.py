@@ -25,13 +25,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from method_cost import peak_bytes, steps_of
+from method_cost import peak_bytes, seconds_of, steps_of
 
 from potstill import memory, training
 from potstill.evaluate import evaluate
@@ -84,22 +83,13 @@ def soundness(terms: Sequence[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def timed(action: Callable[[], Any], device: torch.device) -> float:
-    """Seconds it takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def in_turns(
     one: Callable[[], Any], other: Callable[[], Any], device: torch.device, n: int, skipped: int = 2
 ) -> tuple[list[float], list[float]]:
     """Seconds of two actions, n times each after some that do not count."""
-    pairs = [(timed(one, device), timed(other, device)) for _ in range(n + skipped)][skipped:]
+    pairs = [(seconds_of(one, device), seconds_of(other, device)) for _ in range(n + skipped)][
+        skipped:
+    ]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 

@@ -200,14 +200,13 @@ def online(heading: str, directories: Sequence[Path], text: str) -> list[str]:
     for directory in directories:
         run, result = finished(directory)
         settings = recipe.loads(run.recipe)
-        top1 = {name: score["top1"] for name, score in result["scores"].items()}
-        together = top1.pop("ensemble", None)
+        top1, ensemble = report.students(result), result["scores"].get("ensemble")
         rows.append(
             [
                 f"`{settings.method.name}` {', '.join(n.name for n in settings.students)}",
-                ", ".join(f"{value:.2f}" for value in top1.values()),
-                f"{sum(top1.values()) / len(top1):.2f}",
-                "-" if together is None else f"{together:.2f}",
+                ", ".join(f"{value:.2f}" for value in top1),
+                f"{sum(top1) / len(top1):.2f}",
+                "-" if ensemble is None else f"{ensemble['top1']:.2f}",
                 "1",
                 f"{result['images_per_second']:,.0f}",
                 duration(result["seconds"]),

@@ -105,7 +105,7 @@ def check(method: Method, pace: Pace | None = None) -> None:
             f"no update ever trains {_few(unreached)}; add the module to an Update or freeze it"
         )
     if pace is not None:
-        _check_pace(method, pace)
+        _check_pace(method, phases, pace)
 
 
 def _check_update(update: Update[Any], phase: str, names: Mapping[int, str]) -> None:
@@ -124,8 +124,7 @@ def _check_update(update: Update[Any], phase: str, names: Mapping[int, str]) -> 
             raise MethodError(f"{where} lists '{names[id(p)]}', which is frozen; leave it out")
 
 
-def _check_pace(method: Method, pace: Pace) -> None:
-    phases = method.phases()
+def _check_pace(method: Method, phases: Sequence[Phase], pace: Pace) -> None:
     updates = [(p.name, u.name) for p in phases for turn in p.turns for u in turn.updates]
     allowed = {"default", *(u for _, u in updates), *(f"{p}.{u}" for p, u in updates)}
     for key in pace.plans:

@@ -39,10 +39,10 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, image: Tensor) -> Tensor:
-        return mean([member(image) for member in self.members])
+        return mean_logits([member(image) for member in self.members])
 
 
-def mean(logits: Sequence[Tensor]) -> Tensor:
+def mean_logits(logits: Sequence[Tensor]) -> Tensor:
     """Of several networks: each (B, K) -> (B, K)"""
     return torch.stack(list(logits)).mean(dim=0)
 
@@ -84,7 +84,7 @@ def _logits(predictor: nn.Module, image: Tensor, known: dict[nn.Module, Tensor])
     """What a predictor makes of a batch, from what its members made of it where these are known."""
     if predictor not in known:
         if type(predictor) is Ensemble:  # one that is derived may combine them otherwise
-            known[predictor] = mean([_logits(m, image, known) for m in predictor.members])
+            known[predictor] = mean_logits([_logits(m, image, known) for m in predictor.members])
         else:
             known[predictor] = predictor(image)
     return known[predictor]

@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from potstill.errors import MethodError
 from potstill.evaluate import Ensemble
+from potstill.losses import soft_kl
 from potstill.method import DataSpec, Method, Phase, Terms, Turn, Update
 from potstill.net import Net
 from potstill.pairing import Role, Shape, last_map
@@ -69,6 +71,21 @@ class Peers(Method):
         """Every network, and "ensemble"."""
         each = {self.name_of(k): net.predictor() for k, net in enumerate(self.nets)}
         return {**each, "ensemble": Ensemble(each.values())}
+
+
+def taught(
+    student: Tensor, peers: Sequence[Tensor], label: Tensor, alpha: float, temperature: float
+) -> dict[str, Tensor]:
+    """The terms "ce" and, where alpha is not 0, "kd": of one student's logits and its peers'.
+
+    "kd" = alpha * T^2 * KL(peer || student at temperature T), averaged over the peers. (B, K), each
+    (B, K), (B,) -> ()
+    """
+    terms = {"ce": F.cross_entropy(student, label)}
+    if alpha:
+        divergences = [soft_kl(student, peer, temperature) for peer in peers]
+        terms["kd"] = alpha * torch.stack(divergences).mean()
+    return terms
 
 
 def require_different(method: Method, modules: Sequence[nn.Module]) -> None:

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from potstill.connectors import Connected, require_two_images, transfer
 from potstill.errors import MethodError
-from potstill.losses import soft_kl
 from potstill.method import Batch, DataSpec, Outputs, Phase, Progress, Terms, Turn, Update
-from potstill.methods.dml import mean_kl
 from potstill.net import Net
-from potstill.peers import Peers, last_maps
+from potstill.peers import Peers, last_maps, taught
 
 _ADAM = {
     "name": "adam",
@@ -121,13 +119,9 @@ class AFDOnline(Peers):
     def loss_of(self, k: int, out: Outputs) -> Terms:
         """The terms "ce", and "kd" where alpha is not 0, of student k's logits."""
         logits = [student.logits for student in out.students]
-        terms = {"ce": F.cross_entropy(logits[k], out.batch.label)}
-        if self.alpha and self.logit_peers == "ring":
-            terms["kd"] = self.alpha * soft_kl(logits[k], logits[self.sources[k]], self.temperature)
-        elif self.alpha:
-            peers = [z for i, z in enumerate(logits) if i != k]
-            terms["kd"] = self.alpha * mean_kl(logits[k], peers, self.temperature)
-        return terms
+        ring = self.logit_peers == "ring"
+        peers = [logits[self.sources[k]]] if ring else [*logits[:k], *logits[k + 1 :]]
+        return taught(logits[k], peers, out.batch.label, self.alpha, self.temperature)
 
     def feature_loss(self, out: Judged) -> Terms:
         """One term a student, by its name: its discriminator should take its map for real."""

@@ -8,14 +8,11 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from potstill.errors import MethodError
-from potstill.losses import soft_kl
 from potstill.method import Batch, DataSpec, Outputs, Phase, Progress, Terms, Turn
 from potstill.net import Net, batch_statistics
-from potstill.peers import Peers
+from potstill.peers import Peers, taught
 
 
 class DML(Peers):
@@ -50,11 +47,8 @@ class DML(Peers):
     def loss_of(self, k: int, out: Outputs) -> Terms:
         """The terms "ce", and "kd" where alpha is not 0, of student k."""
         logits = [student.logits for student in out.students]
-        terms = {"ce": F.cross_entropy(logits[k], out.batch.label)}
-        if self.alpha:
-            peers = [z for i, z in enumerate(logits) if i != k]
-            terms["kd"] = self.alpha * mean_kl(logits[k], peers, self.temperature)
-        return terms
+        own = logits.pop(k)
+        return taught(own, logits, out.batch.label, self.alpha, self.temperature)
 
     def refresh(
         self, k: int, batch: Batch, progress: Progress, previous: Outputs | None
@@ -74,8 +68,3 @@ class DML(Peers):
         turns = [Turn(self.__call__, [first])]
         turns += [Turn(partial(self.refresh, k), [u]) for k, u in enumerate(others)]
         return [Phase("distill", turns, self.lengths["distill"])]
-
-
-def mean_kl(student: Tensor, peers: Sequence[Tensor], temperature: float) -> Tensor:
-    """T^2 * KL(peer || student), averaged over the peers. (B, K), each (B, K) -> ()"""
-    return torch.stack([soft_kl(student, peer, temperature) for peer in peers]).mean()

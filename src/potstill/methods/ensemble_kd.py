@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-
-from potstill.losses import soft_kl
+from potstill.evaluate import mean_logits
 from potstill.method import DataSpec, Outputs, Terms
 from potstill.net import Net
-from potstill.peers import Peers
+from potstill.peers import Peers, taught
 
 
 class EnsembleKD(Peers):
@@ -36,9 +33,6 @@ class EnsembleKD(Peers):
 
     def loss_of(self, k: int, out: Outputs) -> Terms:
         """The terms "ce", and "kd" where alpha is not 0, of student k."""
-        own = out.students[k].logits
-        terms = {"ce": F.cross_entropy(own, out.batch.label)}
-        if self.alpha:
-            ensemble = torch.stack([student.logits for student in out.students]).mean(dim=0)
-            terms["kd"] = self.alpha * soft_kl(own, ensemble, self.temperature)
-        return terms
+        logits = [student.logits for student in out.students]
+        ensemble = mean_logits(logits)
+        return taught(logits[k], [ensemble], out.batch.label, self.alpha, self.temperature)

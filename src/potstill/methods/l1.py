@@ -10,12 +10,12 @@ from torch import nn
 from potstill.connectors import Connected, transfer
 from potstill.errors import MethodError
 from potstill.evaluate import Ensemble
-from potstill.losses import meet, soft_kl
+from potstill.losses import meet
 from potstill.method import Batch, DataSpec, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import Role
-from potstill.peers import Peers, last_maps
+from potstill.peers import Peers, last_maps, taught
 
 
 class L1(Peers):
@@ -84,12 +84,10 @@ class L1(Peers):
     def loss_of(self, k: int, out: Connected) -> Terms:
         """The terms "ce", "l1" and "kd" of student k; those whose weight is 0 are left out."""
         own, peer = out.students[k], [*out.students, *out.teachers][1 - k]
-        terms = {"ce": F.cross_entropy(own.logits, out.batch.label)}
+        terms = taught(own.logits, [peer.logits], out.batch.label, self.alpha, self.temperature)
         if self.beta:
             distance = F.l1_loss(*meet(out.mapped[k], peer[self.taps[1 - k]].detach()))
-            terms["l1"] = self.beta * distance
-        if self.alpha:
-            terms["kd"] = self.alpha * soft_kl(own.logits, peer.logits, self.temperature)
+            terms = {"ce": terms["ce"], "l1": self.beta * distance, **terms}
         return terms
 
     def predictors(self) -> Mapping[str, nn.Module]:

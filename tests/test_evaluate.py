@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from potstill.batchnorm import batch_statistics
 from potstill.evaluate import Ensemble, Scores, evaluate
 from potstill.method import Batch
-from potstill.net import batch_statistics
 from tests.toys import ToyImages, toy_net
 
 

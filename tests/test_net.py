@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from potstill.batchnorm import batch_statistics, running_statistics
 from potstill.errors import NetworkError, TapError
 from potstill.method import Method
 from potstill.net import (
     Captured,
     Net,
     affine_between,
-    batch_statistics,
     own_statistics,
-    running_statistics,
 )
 from tests.toys import SHAPE, ToyImages, toy_net
 

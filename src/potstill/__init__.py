@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from potstill.net import Captured, Net
     from potstill.notebook import distill
     from potstill.run import Run
+    from potstill.stochastic_depth import stochastic
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "Update": "method",
     "build": "models",
     "distill": "notebook",
+    "stochastic": "stochastic_depth",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Update",
     "build",
     "distill",
+    "stochastic",
 ]
 
 

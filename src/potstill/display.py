@@ -60,6 +60,11 @@ def epoch_line(record: Mapping[str, Any]) -> str:
     if not several:
         parts += [f"{name} {value:.4f}" for name, value in terms.items()]
     parts += accuracies(record)
+    parts += [
+        f"{name} drew {drawn['distinct']:,} sub-network{'s' if drawn['distinct'] > 1 else ''}, "
+        f"{drawn['live']:.1f} of {drawn['blocks']} blocks alive"
+        for name, drawn in record.get("subnetworks", {}).items()
+    ]
     if spent["seconds"]:
         parts.append(f"{spent['images'] / spent['seconds']:,.0f} images/s")
     line = " · ".join(parts)

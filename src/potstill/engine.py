@@ -58,6 +58,17 @@ class Pace:
         )
 
 
+class Subnetworks(NamedTuple):
+    """What was drawn of a stochastic network in one epoch."""
+
+    distinct: int
+    """How many different sub-networks there were."""
+    live: float
+    """Blocks that were alive, on average."""
+    blocks: int
+    """Blocks that may be skipped; `live` is of these."""
+
+
 @dataclass(frozen=True)
 class Moment:
     """Where a training stands after a step."""
@@ -76,6 +87,8 @@ class Moment:
     epoch_done: bool
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     """Means over the epoch so far, of all ranks; on the device, so reading one waits for it."""
+    subnetworks: Mapping[str, Subnetworks] = field(default_factory=dict)
+    """Of an epoch that is done, by network, of those that were drawn."""
 
 
 def check(method: Method, pace: Pace | None = None) -> None:
@@ -152,7 +165,10 @@ def _few(names: Sequence[str]) -> str:
 
 
 def compile_networks(method: Method) -> None:
-    """Compile every network of a method, in place. Raises MethodError where that cannot work."""
+    """Compile every network of a method, in place, but for those whose depth is stochastic.
+
+    Raises MethodError where that cannot work.
+    """
     import torch._dynamo.config as dynamo_config  # loads the compiler: seconds
     import torch._functorch.config as functorch_config
 
@@ -165,8 +181,9 @@ def compile_networks(method: Method) -> None:
     functorch_config.donated_buffer = False
     # or what was compiled for one network's taps would serve another network of that architecture
     dynamo_config.skip_nnmodule_hook_guards = False
-    for net in [*method.students, *method.teachers]:
-        net.compile()
+    for net in method.by_name.values():
+        if not net.depths:  # what runs of a stochastic one is another graph in every step
+            net.compile()
 
 
 def train_step(
@@ -262,6 +279,7 @@ class Training:
         check(method, pace)
         for net in (*method.nets, *method.teachers):
             net.precision = pace.precision
+        self.stochastic = {name: net for name, net in method.by_name.items() if net.samples}
         self.lengths = [self._length_of(phase) for phase in self.phases]
         self.phase_index = 0
         self.step = 0
@@ -368,11 +386,19 @@ class Training:
         )
         if start == 0:
             self.sums, self.summed = {}, 0
+        for net in self.stochastic.values():
+            net.sampled = False
         self.method.train()
         for batch in self.images.batches(positions, views, data.batch_size, start, data.drop_last):
             progress = Progress(epoch, self.step, self.steps, phase.epochs)
             lr = self._set_rates()
-            terms = train_step(phase, self.optimizers, batch, progress, self.pace.seed)
+            for name, net in self.stochastic.items():
+                net.seed(self._draw_seed(name, self.step))
+            try:
+                terms = train_step(phase, self.optimizers, batch, progress, self.pace.seed)
+            finally:
+                for net in self.stochastic.values():
+                    net.seed(None)
             for name, term in self._shared(terms).items():
                 total = self.sums.setdefault(name, torch.zeros_like(term, dtype=torch.float64))
                 total += term
@@ -390,6 +416,7 @@ class Training:
                 lr,
                 done,
                 means,
+                self._subnetworks(epoch) if done else {},
             )
             self.method.train()  # the caller may have evaluated in between
         if self.step != (epoch + 1) * length.steps_per_epoch:
@@ -397,6 +424,28 @@ class Training:
                 f"epoch {epoch} ended after step {self.step}, not "
                 f"{(epoch + 1) * length.steps_per_epoch}: the data gave fewer batches than it has"
             )
+
+    def _draw_seed(self, name: str, step: int) -> int:
+        """Of the sub-network that a network is in a step: all its turns run the same one."""
+        return seed_of(self.pace.seed, "sub-network", self.phase.name, step, name)
+
+    def _subnetworks(self, epoch: int) -> dict[str, Subnetworks]:
+        """What an epoch drew, drawn again: it follows from the counters."""
+        size, steps = self.method.data.batch_size, self.lengths[self.phase_index].steps_per_epoch
+        last = self.lengths[self.phase_index].images - size * (steps - 1)
+        found = {}
+        for name, net in self.stochastic.items():
+            if not net.sampled:
+                continue  # a phase that does not run it
+            drawn = []
+            for step in range(steps):
+                net.seed(self._draw_seed(name, epoch * steps + step))
+                drawn.append(net.drawn(min(size, last) if step == steps - 1 else size))
+            net.seed(None)
+            rows = torch.cat([d.view(-1, d.shape[-1]) for d in drawn])
+            live = rows.sum(1).double().mean().item()
+            found[name] = Subnetworks(len(torch.unique(rows, dim=0)), live, rows.shape[1])
+        return found
 
     def _shared(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The terms' means over ranks; BatchNorm's averages become their means as well.

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill import distributed
+from potstill.batchnorm import batch_statistics
 from potstill.errors import MethodError
-from potstill.net import Captured, Net, batch_statistics
+from potstill.net import Captured, Net
 
 Terms = Mapping[str, Tensor]
 Out = TypeVar("Out")
@@ -233,6 +234,14 @@ class Method(nn.Module):
     def networks(self) -> Sequence[Net]:
         """The students as they were given; not `nets` where these are made of their parts."""
         return self.nets
+
+    @property
+    def by_name(self) -> Mapping[str, Net]:
+        """Every network that is run: "student", or "student0" and so on; "teacher0" and so on."""
+        students, one = self.nets, len(self.students) == 1
+        names = ["student"] if one else [f"student{k}" for k in range(len(students))]
+        names += [f"teacher{t}" for t in range(len(self.teachers))]
+        return dict(zip(names, [*students, *self.teachers], strict=True))
 
     @property
     def student(self) -> Net:

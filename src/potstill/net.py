@@ -11,7 +11,7 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from potstill.depth import Depth, ResidualBlock
 from potstill.errors import NetworkError, PotstillError, TapError, did_you_mean, first_line
+from potstill.seeds import seed_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -202,6 +204,13 @@ class Net(_Wrapper):
         """Whether images reach the module so; False where it can only take contiguous ones."""
         self.architecture: str | None = None
         """Its name in recipes, where a training knows it."""
+        self.stochastic: Mapping[str, Any] | None = None
+        """The arguments that `potstill.stochastic` made it with; None for a plain network."""
+        self.sampled = False
+        """Whether a sub-network has been drawn; who wants to know sets it back."""
+        self._skippable = [
+            m for m in module.modules() if isinstance(m, ResidualBlock) and m.depth is not None
+        ]
         self._tape = _Tape()
         for what, given in (("taps", taps), ("norms", norms)):
             texts = given.values() if isinstance(given, Mapping) else [None]
@@ -346,8 +355,46 @@ class Net(_Wrapper):
         finally:
             self._tape.values = None
 
+    @property
+    def depths(self) -> list[Depth]:
+        """What says which blocks are alive: none in a plain network, several in joined parts."""
+        found = {id(m.depth): m.depth for m in self._skippable if m.depth is not None}
+        return list(found.values())
+
+    @property
+    def samples(self) -> bool:
+        """Whether every forward is of a sub-network, drawn anew."""
+        return any(depth.draw != "never" for depth in self.depths)
+
+    def seed(self, seed: int | None) -> None:
+        """Where the next sub-networks come from: one seed, one draw. None: torch's generator."""
+        for i, depth in enumerate(self.depths):
+            depth.seed(None if seed is None else seed_of(seed, i))
+
+    def drawn(self, images: int) -> Tensor:
+        """Which of its skippable blocks the next forward runs.
+
+        (blocks,) bool, or (images, blocks) where each image has a sub-network of its own.
+        """
+        alive = {id(depth): depth.drawn(images) for depth in self.depths}
+        return torch.stack([alive[id(m.depth)][..., m.number] for m in self._skippable], dim=-1)
+
     def forward(self, image: Tensor) -> Captured:
-        """Run once, in `precision`, and capture. (B, C, H, W) -> Captured"""
+        """Run once, in `precision`, and capture. (B, C, H, W) -> Captured
+
+        A stochastic network runs as a sub-network here, in train and in eval mode alike, and at its
+        expected depth everywhere else.
+        """
+        if not self.samples:
+            return self._run(image)
+        self.sampled = True
+        with ExitStack() as stack:
+            for depth in self.depths:
+                if depth.draw != "never":
+                    stack.enter_context(depth.sampling(len(image), image.device))
+            return self._run(image)
+
+    def _run(self, image: Tensor) -> Captured:
         if self.precision is None:
             return self.capture(image)
         # the cache would hand casts made under no_grad to a forward with gradients
@@ -523,8 +570,25 @@ class Net(_Wrapper):
             self._tape.values, self._tape.calls, self._tape.versions = {}, {}, {}
             logits = self._try_out(training)
             self._check(self._tape)
-            captured, self._tape.values, self._tape.versions = self._tape.values, None, None
+            captured = self._tape.values
+            if self._skippable:
+                self._check_skipped(training)
+            self._tape.values, self._tape.versions = None, None
         return {name: x.shape[1:] for name, x in captured.items()}, logits.shape[1]
+
+    def _check_skipped(self, training: bool) -> None:
+        """Refuse taps that are not there whenever a stochastic depth skips a block."""
+        self._tape.values, self._tape.calls = {}, {}
+        with ExitStack() as stack:
+            for depth in self.depths:
+                stack.enter_context(depth.without())
+            self._try_out(training)
+        for name in self._targets:
+            if name not in self._tape.values:
+                raise TapError(
+                    f"feature '{name}' ('{self.taps[name]}') is inside a block that a stochastic "
+                    "depth skips at times; tap where a block begins or ends"
+                )
 
     def _try_out(self, training: bool, noise: bool = False, differentiable: bool = False) -> Tensor:
         """One forward of two images that leaves modes, buffers and random state as they were.
@@ -656,36 +720,3 @@ def own_statistics(
     scale, shift = net.scale.flatten().tolist(), net.shift.flatten().tolist()
     rows = list(zip(mean, std, scale, shift, strict=True))
     return [m - b * s / a for m, s, a, b in rows], [s / a for _, s, a, _ in rows]
-
-
-@contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Within, BatchNorm layers normalise by the batch and leave every buffer as it is.
-
-    The published runs of OFD, ReviewKD and SAKD have their teachers so, and alternating mutual
-    learning refreshes a peer's prediction so. Momentum 0 would not do: it still counts batches.
-    """
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    before = [(m.training, m.track_running_stats) for m in layers]
-    for layer in layers:  # without tracking, torch hands no buffers to batch_norm in train mode
-        layer.training, layer.track_running_stats = True, False
-    try:
-        yield
-    finally:
-        for layer, (training, tracking) in zip(layers, before, strict=True):
-            layer.training, layer.track_running_stats = training, tracking
-
-
-@contextmanager
-def running_statistics(module: nn.Module) -> Iterator[None]:
-    """Within, a module is in eval mode: BatchNorm layers normalise by their running averages.
-
-    For layers that a method has frozen while the engine has it in train mode.
-    """
-    before = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

@@ -174,7 +174,10 @@ def _origin(value: object) -> str:
 def _described(network: Network) -> dict[str, Any]:
     if isinstance(network, Mapping):
         return dict(network)
-    return {"name": str(network) if isinstance(network, (str, Path)) else _origin(network)}
+    if isinstance(network, (str, Path)):
+        return {"name": str(network)}
+    depth = network.stochastic if isinstance(network, Net) else None
+    return {"name": _origin(network), "stochastic": depth}
 
 
 def _data_by_name(train: str | Path, test: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from typing import (
 )
 
 import yaml
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -124,6 +124,17 @@ def _network_name(name: str, info: ValidationInfo) -> str:
     )
 
 
+class Stochastic(Part):
+    """Stochastic depth: blocks of a network that are dropped at random, other ones every time."""
+
+    p_end: Annotated[float, Gt(0), Le(1)]
+    """Probability that the last block survives; those before it fall to it linearly from 1."""
+    scope: Literal["full", "identity_only", "last_half"] = "full"
+    """Which blocks may be dropped: all, those that keep their input's shape, or the last half."""
+    draw: Literal["batch", "image", "never"] = "batch"
+    """A sub-network for every batch, for every image, or the expected depth throughout."""
+
+
 class Network(Part):
     """A student or a teacher. A bare string is short for its name."""
 
@@ -135,6 +146,8 @@ class Network(Part):
     network, which a teacher of that kind has anyway; null starts from random weights."""
     normalize: Normalization | None = None
     """Only where the network was trained on other statistics than the data's mean and std."""
+    stochastic: Stochastic | None = None
+    """Null: all blocks are always there, but for weights of a network that was trained so."""
 
     @model_validator(mode="after")
     def _published_somewhere(self) -> Network:
@@ -636,13 +649,14 @@ def _describe(hint: Any) -> str:
     words = [
         f"{word} {getattr(limit, attribute)}"
         for limit in limits
-        for attribute, word in (("gt", "above"), ("ge", "at least"), ("lt", "below"))
+        for attribute, word in _LIMIT_WORDS
         if hasattr(limit, attribute)
     ]
     noun = _NOUNS.get(bare, str(bare))
     return f"{noun} ({', '.join(words)})" if words else noun
 
 
+_LIMIT_WORDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
 _NOUNS: Mapping[Any, str] = {
     int: "a whole number",
     float: "a number",

@@ -30,6 +30,7 @@ from potstill.optim import OPTIMIZERS, SCHEDULES, OptimizerPlan
 from potstill.recipe import PRETRAINED, Recipe, loads, phase_epochs
 from potstill.run import Run, describe_environment, differences
 from potstill.seeds import seed_of
+from potstill.stochastic_depth import stochastic
 
 CHECKPOINT_SECONDS = 300.0
 
@@ -199,11 +200,16 @@ def build_network(
     unstated = (split.mean, split.std) if isinstance(split.images, datasets.UserSet) else None
     normalize = (own.mean, own.std) if own is not None else unstated
     count, images = len(split.classes), (split.input_shape, split.mean, split.std)
+    depth = None if network.stochastic is None else network.stochastic.model_dump()
     if pretrained:
         head = None if teaches else count
         net = model_weights.published(name, head, *images, normalize, report)
+        net = net if depth is None else stochastic(net, **depth)
     else:
-        net = model_weights.network(name, found, count, *images, normalize, report)
+        net = model_weights.network(name, found, count, *images, normalize, report, depth)
+    trained_as = None if found is None else found.stochastic
+    if report is not None and depth is not None and trained_as not in (None, depth):
+        report(f"{key} ({name}): trained with {_depth_in_words(trained_as)}")
     net.architecture = name
     if found is not None and found.classes is not None:
         _require_same_names(found, data, key)
@@ -432,6 +438,8 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
     ):
         for i, (name, net) in enumerate(zip(names, nets, strict=True)):
             watcher.say(f"{role} {i}: {name}, {_parameters(net):,} parameters")
+            if net.stochastic is not None:
+                watcher.say(f"{role} {i}: {_depth_in_words(net.stochastic)}; {_alive(net)}")
     held = f", {len(data.validation):,} validation" if data.validation else ""
     classes = len(data.train.classes)
     watcher.say(
@@ -440,9 +448,40 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
     )
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     watcher.say(f"on {job.device}, {job.precision}{', compiled' if job.compile else ''}{ranks}")
+    if job.compile and (eager := [n for n, net in job.method.by_name.items() if net.depths]):
+        watcher.say(f"not compiled, because their blocks come and go: {', '.join(eager)}")
     for phase in job.training.phases:
         epochs = pace.epochs[phase.name]
         watcher.say(f"phase {phase.name}: {epochs} epoch{'s' if epochs > 1 else ''}")
+
+
+def _depth_in_words(settings: Mapping[str, Any]) -> str:
+    """ "stochastic depth, p_end 0.9, a new sub-network every batch"."""
+    scope = {
+        "full": "",
+        "identity_only": " of the blocks that keep the shape",
+        "last_half": " of the last half of the blocks",
+    }
+    draw = {
+        "batch": "a new sub-network every batch",
+        "image": "a sub-network for every image",
+        "never": "always at the expected depth",
+    }
+    return (
+        f"stochastic depth{scope[settings['scope']]}, p_end {settings['p_end']:g}, "
+        f"{draw[settings['draw']]}"
+    )
+
+
+def _alive(net: Net) -> str:
+    """ "25 of 27 blocks may be dropped, 23.6 of them are alive on average"."""
+    chances = [p for depth in net.depths for p in depth.survival if p < 1]
+    if not chances:
+        return f"none of its {len(net.blocks)} blocks is ever dropped"
+    return (
+        f"{len(chances)} of {len(net.blocks)} blocks may be dropped, {sum(chances):.1f} of them "
+        "are alive on average"
+    )
 
 
 def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
@@ -494,6 +533,7 @@ def _record(
     seconds: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl. All but "time" is the same in every repetition."""
+    drawn = moment.subnetworks
     return {
         "phase": moment.phase,
         "epoch": moment.epoch,
@@ -502,6 +542,7 @@ def _record(
         "terms": {name: term.item() for name, term in moment.terms.items()},
         "split": job.held_out_name,
         "scores": {name: score._asdict() for name, score in scores.items()},
+        **({"subnetworks": {n: s._asdict() for n, s in drawn.items()}} if drawn else {}),
         "time": {"seconds": seconds, "images": images},
     }
 
@@ -560,11 +601,12 @@ def _parameters(module: nn.Module) -> int:
 def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
     """What a saved predictor needs to be used again: stored beside its weights."""
     split = job.data.train
-    mean, std, model = list(split.mean), list(split.std), None
+    mean, std, model, depth = list(split.mean), list(split.std), None, None
     ready = isinstance(split.images, datasets.UserSet)  # normalised by code that is not ours
     if isinstance(predictor, Predictor):  # else it is more than a network
         net: Net = predictor.module  # type: ignore[assignment]
         model, (mean, std) = net.architecture, own_statistics(net, mean, std)
+        depth = net.stochastic
     return {
         "model": model,
         "data": job.data.name,
@@ -573,6 +615,7 @@ def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:
         "mean": None if ready else mean,
         "std": None if ready else std,
         "input_shape": list(split.input_shape),
+        "stochastic": depth,
     }
 
 

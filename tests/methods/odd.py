@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill import distributed
+from potstill.batchnorm import batch_statistics
 from potstill.losses import soft_kl
 from potstill.method import (
     Batch,
@@ -23,7 +24,7 @@ from potstill.method import (
     Turn,
     Update,
 )
-from potstill.net import Net, batch_statistics
+from potstill.net import Net
 
 
 class TwoOptimizers(Method):

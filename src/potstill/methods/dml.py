@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 import torch
 
+from potstill.batchnorm import batch_statistics
 from potstill.errors import MethodError
 from potstill.method import Batch, DataSpec, Outputs, Phase, Progress, Terms, Turn
-from potstill.net import Net, batch_statistics
+from potstill.net import Net
 from potstill.peers import Peers, taught
 
 

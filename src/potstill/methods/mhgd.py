@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill import distributed
+from potstill.batchnorm import running_statistics
 from potstill.clipping import clipped
 from potstill.connectors import connectors_between, require_whole_batches
 from potstill.errors import MethodError
@@ -27,7 +28,7 @@ from potstill.methods.kd import (
     supervision,
     teacher_outputs,
 )
-from potstill.net import Captured, Net, running_statistics
+from potstill.net import Captured, Net
 from potstill.pairing import stage_pairs
 
 

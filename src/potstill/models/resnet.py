@@ -14,10 +14,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from potstill.depth import ResidualBlock
 from potstill.models.architecture import Architecture, activated_stages, block_paths, he_fan_out_
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions and a shortcut. (B, C, H, W) -> (B, width, H/stride, W/stride)"""
 
     expansion = 1
@@ -36,11 +37,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu1(self.bn1(self.conv1(x)))
-        return self.relu2(self.bn2(self.conv2(x)) + shortcut)  # type: ignore[no-any-return]
+        return self.relu2(self.join(self.branch, x, shortcut))  # type: ignore[no-any-return]
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+        return self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))  # type: ignore[no-any-return]
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 and a shortcut. (B, C, H, W) -> (B, 4 width, H/stride, W/stride)"""
 
     expansion = 4
@@ -62,9 +66,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu3(self.join(self.branch, x, shortcut))  # type: ignore[no-any-return]
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
         x = self.relu1(self.bn1(self.conv1(x)))
-        x = self.relu2(self.bn2(self.conv2(x)))
-        return self.relu3(self.bn3(self.conv3(x)) + shortcut)  # type: ignore[no-any-return]
+        return self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(x)))))  # type: ignore[no-any-return]
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:

@@ -23,6 +23,7 @@ from potstill.files import load_tensors
 from potstill.models import naming, outside
 from potstill.net import Net, affine_between
 from potstill.run import Run
+from potstill.stochastic_depth import stochastic as skipping
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Weights:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     input_shape: Sequence[int] | None = None
+    stochastic: Mapping[str, Any] | None = None
+    """Arguments of `potstill.stochastic`, for weights of a network with stochastic depth."""
     about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -127,7 +130,8 @@ def _from_json(text: str) -> Any:
 
 def ours(tensors: Mapping[str, Tensor], about: Mapping[str, Any], source: str) -> Weights:
     """Weights with what a saved predictor's metadata say of them."""
-    known = {k: about.get(k) for k in ("model", "classes", "mean", "std", "input_shape")}
+    keys = ("model", "classes", "mean", "std", "input_shape", "stochastic")
+    known = {k: about.get(k) for k in keys}
     if str(known["model"]).startswith("py:"):  # a file must not decide which code is run
         known["model"] = None
     return Weights(tensors, source, **known, about=dict(about))
@@ -179,17 +183,20 @@ def network(
     std: Sequence[float],
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     report: Callable[[str], None] | None = None,
+    stochastic: Mapping[str, Any] | None = None,
 ) -> Net:
     """A network by name, with these weights, for images normalised by (mean, std).
 
     A network with weights keeps their head: its class count is that of the weights, never
     re-initialised to `num_classes`. `normalize` is the network's own (mean, std); by default what
-    the weights' file says, else the images'. `report` is told, in one line, what was taken from
-    another program's file. Raises NetworkError where name and weights disagree.
+    the weights' file says, else the images'. `stochastic` are the arguments of
+    `potstill.stochastic`; likewise. `report` is told, in one line, what was taken from another
+    program's file. Raises NetworkError where name and weights disagree.
     """
     if weights is None:
         own = normalize or (mean, std)
-        return models.build(name, num_classes, input_shape, affine_between(mean, std, *own))
+        net = models.build(name, num_classes, input_shape, affine_between(mean, std, *own))
+        return net if stochastic is None else skipping(net, **stochastic)
     if weights.model is not None and weights.model != name:
         raise NetworkError(f"{weights.source} holds a {weights.model}, not a {name}")
     if normalize is None and weights.mean is not None and weights.std is not None:
@@ -199,6 +206,10 @@ def network(
     classes = naming.classes_in(weights.tensors, net.state_dict(), net.classifier_path)
     if classes is not None and classes != net.num_classes:
         net = models.build(name, classes, input_shape, affine_between(mean, std, *own))
+    if stochastic is None:
+        stochastic = weights.stochastic
+    if stochastic is not None:
+        net = skipping(net, **stochastic)
     loaded = load_into(net, weights)
     if report is not None and weights.foreign:
         report(str(loaded))
@@ -293,6 +304,11 @@ def _differences(
         if items:
             more = f", and {len(items) - 4} more" if len(items) > 4 else ""
             lines.append(f"  {title}: {', '.join(items[:4])}{more}")
+    if net.stochastic is not None and any(".shortcut." in name for name in found.missing):
+        lines.append(
+            "its blocks were given shortcuts, which plain weights have no layers for: train it so "
+            "first, with method vanilla and this network as the student"
+        )
     fitting = _fitting(weights.tensors, net.input_shape)
     if fitting:
         counts = sorted(set(fitting.values()))

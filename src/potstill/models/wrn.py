@@ -13,10 +13,11 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from potstill.depth import ResidualBlock
 from potstill.models.architecture import Architecture, Tap, block_paths, he_fan_out_
 
 
-class Block(nn.Module):
+class Block(ResidualBlock):
     """BN-ReLU-conv-BN-ReLU-conv plus a shortcut. (B, C, H, W) -> (B, width, H/stride, W/stride)
 
     A change of width or size has a 1x1 convolution on its shortcut, which takes the input after
@@ -36,12 +37,21 @@ class Block(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shortcut is None:
+            return self.join(self.branch, x, x, opening=(self.bn1, self.relu1))
         active = self.relu1(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(active)
-        return self.conv2(self.relu2(self.bn2(self.conv1(active)))) + shortcut  # type: ignore[no-any-return]
+        return self.join(self.convolved, active, self.shortcut(active))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to a shortcut that takes the input as it is."""
+        return self.convolved(self.relu1(self.bn1(x)))
+
+    def convolved(self, active: Tensor) -> Tensor:
+        """The branch from the first activation on."""
+        return self.conv2(self.relu2(self.bn2(self.conv1(active))))  # type: ignore[no-any-return]
 
 
-class BiasedBlock(nn.Module):
+class BiasedBlock(ResidualBlock):
     """The block of the GKD and ReFilled code. (B, C, H, W) -> (B, width, H/stride, W/stride)
 
     Biased convolutions, the stride on the second, dropout before it, the shortcut on the raw input.
@@ -62,8 +72,12 @@ class BiasedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.join(self.branch, x, shortcut, opening=(self.bn1, self.relu1))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
         x = self.conv1(self.relu1(self.bn1(x)))
-        return self.conv2(self.dropout(self.relu2(self.bn2(x)))) + shortcut  # type: ignore[no-any-return]
+        return self.conv2(self.dropout(self.relu2(self.bn2(x))))  # type: ignore[no-any-return]
 
 
 class WideResNet(nn.Sequential):

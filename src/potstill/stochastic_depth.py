@@ -1,0 +1,199 @@
+"""Stochastic networks: many teachers from one.
+
+Nguyen, Lee, Shim, Stochasticity and Skip Connection Improve Knowledge Transfer, EUSIPCO 2020. A
+network whose blocks are dropped at random is a collection of networks; as a teacher it is another
+one of them at every batch. What the paper leaves open follows Huang et al., Deep Networks with
+Stochastic Depth, ECCV 2016, arXiv:1603.09382.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from potstill.depth import Depth, Draw, ResidualBlock, linear_decay
+from potstill.errors import NetworkError
+from potstill.net import Net
+
+Scope = Literal["full", "identity_only", "last_half"]
+
+
+class WithShortcut(ResidualBlock):
+    """A line of parts that had no shortcut, and one that is added. (B, C, H, W) -> (B, C', H', W')
+
+    The parts keep their names. No activation follows the sum.
+    """
+
+    def __init__(self, parts: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.line = tuple(parts._modules)
+        for name, part in parts._modules.items():
+            self.add_module(name, part)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.branch, x, self.shortcut(x))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The parts, one after the other."""
+        for name in self.line:
+            x = self._modules[name](x)  # type: ignore[misc]
+        return x
+
+
+class _Sizes(NamedTuple):
+    """Of what goes into a block and of what comes out, (C, H, W)."""
+
+    inside: torch.Size
+    outside: torch.Size
+
+    @property
+    def kept(self) -> bool:
+        """Whether the block changes neither channels nor size."""
+        return self.inside == self.outside
+
+
+def stochastic(net: Net, p_end: float, scope: Scope = "full", draw: Draw = "batch") -> Net:
+    """A copy of a network whose residual blocks are alive with some probability only.
+
+    h_l = end(b_l f_l(h_{l-1}) + s_l(h_{l-1})),  b_l ~ Bernoulli(p_l),  p_l = 1 - l / L (1 - p_end)
+
+    Block l = 1..L of the whole network has branch f_l, shortcut s_l and whatever follows their sum.
+    Every call of the network itself, in train and in eval mode, is of a sub-network: what is
+    dropped is not run, and nothing is rescaled. Its `predictor()` is at the expected depth, with
+    p_l in place of b_l, and so is every evaluation. `draw` is "batch" for one sub-network a batch,
+    "image" for one an image, "never" for the expected depth everywhere, the usual baseline.
+
+    `scope` "identity_only" keeps the blocks that change their input's shape, "last_half" those with
+    l <= L / 2; p_l counts all. Blocks without a shortcut (MobileNetV1, VGG) are given one where
+    they are in the scope: the identity, or 1x1 convolution and BatchNorm where the shape changes.
+    Their outputs are sums that no ReLU follows, so taps before that ReLU (`stage1:pre`) are the
+    sums as well.
+
+    >>> from potstill.models import build
+    >>> net = stochastic(build("resnet8", 10), p_end=0.5)
+    >>> [round(p, 4) for p in net.depths[0].survival]
+    [0.8333, 0.6667, 0.5]
+
+    Raises NetworkError for a network whose blocks are not known, have a shortcut inside that cannot
+    be told from the branch, or are stochastic already; TapError for a tap inside a block.
+    """
+    _require_arguments(p_end, scope, draw)
+    if net.stochastic is not None:
+        raise NetworkError("this network is stochastic already; give the plain one")
+    kind = type(net.module).__name__
+    if not net.blocks:
+        raise NetworkError(
+            f"no blocks are known of this {kind}, so none can be skipped; say which with "
+            "Net(..., blocks=[...]), in forward order"
+        )
+    chosen = _in_scope(_sizes(net), scope)
+    made = copy.deepcopy(net)
+    made.close()
+    module = made.module
+    depth = Depth(
+        [p if i in chosen else 1.0 for i, p in enumerate(linear_decay(len(net.blocks), p_end))],
+        draw,
+    )
+    added = []
+    for number, sizes in chosen.items():
+        path = net.blocks[number]
+        block = module.get_submodule(path)
+        if not isinstance(block, ResidualBlock):
+            block = _with_shortcut(block, sizes, f"block '{path}' of this {kind}")
+            module.set_submodule(path, block)
+            added.append(path)
+        if p_end < 1:
+            block.depth, block.number = depth, number
+    found = Net(
+        module,
+        _outside(net.taps, added),
+        net.input_shape,
+        _normalize(net),
+        norms={tap: path for tap, path in net.norms.items() if not _inside(path, added)},
+        blocks=net.blocks,
+        block_ends=net.block_ends,
+    )
+    found.architecture = net.architecture
+    found.stochastic = {"p_end": p_end, "scope": scope, "draw": draw}
+    return found
+
+
+def _require_arguments(p_end: float, scope: str, draw: str) -> None:
+    if not 0 < p_end <= 1:
+        raise NetworkError(
+            f"p_end is {p_end:g}; it is the probability that the last block survives, above 0 and "
+            "at most 1"
+        )
+    for name, given, allowed in (("scope", scope, Scope), ("draw", draw, Draw)):
+        if given not in get_args(allowed):
+            raise NetworkError(f"{name} is {given!r}; allowed: {', '.join(get_args(allowed))}")
+
+
+def _normalize(net: Net) -> tuple[list[float], list[float]] | None:
+    if net.scale is None or net.shift is None:
+        return None
+    return net.scale.flatten().tolist(), net.shift.flatten().tolist()
+
+
+def _sizes(net: Net) -> list[_Sizes]:
+    """Of every block, found by running once."""
+    seen: dict[str, _Sizes] = {}
+
+    def note(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda block, args, out: seen.update(
+            {path: _Sizes(args[0].shape[1:], out.shape[1:])}
+        )
+
+    handles = [net.module.get_submodule(p).register_forward_hook(note(p)) for p in net.blocks]
+    try:
+        net.probe()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[path] for path in net.blocks]
+
+
+def _in_scope(sizes: Sequence[_Sizes], scope: str) -> dict[int, _Sizes]:
+    """Numbers of the blocks that may be skipped, with their sizes."""
+    return {
+        i: size
+        for i, size in enumerate(sizes)
+        if scope == "full"
+        or (scope == "identity_only" and size.kept)
+        or (scope == "last_half" and 2 * (i + 1) > len(sizes))
+    }
+
+
+def _with_shortcut(block: nn.Module, sizes: _Sizes, which: str) -> WithShortcut:
+    line = isinstance(block, nn.Sequential) and type(block).forward is nn.Sequential.forward
+    if not line or "shortcut" in block._modules:
+        raise NetworkError(
+            f"{which} is a {type(block).__name__}, of which it is not known what is the branch and "
+            "what the shortcut; stochastic depth is for ResNets, WRNs, MobileNetV1 and VGG, and "
+            "for blocks of your own that are a ResidualBlock (potstill.depth) or an nn.Sequential"
+        )
+    if sizes.kept:
+        return WithShortcut(block, nn.Identity())
+    (inside, height, _), (outside, lower, _) = sizes.inside, sizes.outside
+    convolution = nn.Conv2d(inside, outside, 1, round(height / lower), bias=False)
+    shortcut = nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(outside)))
+    return WithShortcut(block, shortcut.to(next(block.parameters())))
+
+
+def _inside(path: str, blocks: Sequence[str]) -> str | None:
+    """The block that a path is strictly inside of."""
+    return next((block for block in blocks if path.startswith(f"{block}.")), None)
+
+
+def _outside(taps: Mapping[str, str], added: Sequence[str]) -> dict[str, str]:
+    """Taps before a ReLU that no longer ends its block are moved to where the block ends."""
+    return {
+        name: _inside(place, added) or place if name.endswith(":pre") else place
+        for name, place in taps.items()
+    }

@@ -1,7 +1,10 @@
 """A recipe is read once, checked whole, and written so that it reads the same again."""
 
+import csv
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import potstill
 from potstill import strict_yaml
 from potstill.errors import RecipeError, StorageError
 from potstill.method import Method
@@ -346,6 +350,106 @@ def test_published_settings_of_mutual_learning_and_native_ensembles():
     assert (one.method.temperature, one.method.ramp_epochs) == (3, 80)
 
 
+NETWORKS = {
+    "ResNet 20": "resnet20",
+    "ResNet 32": "resnet32",
+    "ResNet 110": "resnet110",
+    "WRN 28-10": "wrn_28_10",
+    "WRN 40-4": "wrn_40_4",
+    "MobileNet": "mobilenetv1",
+    "VGG 13": "vgg13",
+}
+LOSSES = {"KD": "kd", "AT": "at", "ML": "dml"}
+
+
+def stochastic_pairs():
+    """Of the published tables, by recipe: (p_end, figures of the trained networks, plain ones).
+
+    None for a row that is marked as suspect.
+    """
+    path = Path(potstill.__file__).parent / "papers" / "stochastic-teacher.csv"
+    rows = defaultdict(list)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            rows[row["table"], re.search(r"row=(\d+)", row["extra"])[1]].append(row)
+    found = {}
+    for cells in rows.values():
+        pair = "-".join(NETWORKS[cells[0][role]] for role in ("teacher", "student"))
+        folder = cells[0]["dataset"].lower().replace("-100", "100")
+        by_method = defaultdict(list)
+        for cell in cells:
+            by_method[cell["method"]].append(cell)
+        for method, those in by_method.items():
+            name, _, scope = method.partition("+stochastic")
+            if method in ("independent", name) or scope == " full":  # Table 1 has these
+                continue
+            suffix = "-partial" if scope else ""
+            recipe = f"{folder}/stochastic-{LOSSES[name]}-{pair}{suffix}"
+            figures = [f"{float(cell['value']):.2f}" for cell in those]
+            plain = [f"{float(cell['value']):.2f}" for cell in by_method.get(name, [])]
+            p_end = float(re.search(r"Pend=([\d.]+)", those[0]["extra"])[1])
+            suspect = any("suspect" in cell["extra"] for cell in those)
+            found[recipe] = None if suspect else (p_end, figures, plain)
+    return found
+
+
+STOCHASTIC = stochastic_pairs()
+
+
+@pytest.mark.parametrize("name", [name for name, row in STOCHASTIC.items() if row])
+def test_published_pairs_of_stochastic_teachers(name):
+    """Nguyen, Lee, Shim: pair, p_end and figures of Tables 1 to 6. The rest is chosen, and said."""
+    p_end, figures, plain = STOCHASTIC[name]
+    folder, _, title = name.partition("/")
+    _, method, first, second, *partial = title.split("-")
+    found = load(name, ["teachers.0.weights=x"] if method != "dml" else [])
+    networks = [*found.teachers, *found.students]
+    assert [n.name for n in networks] == [first, second]
+    depths = [n.stochastic and n.stochastic.model_dump() for n in networks]
+    depth = {"p_end": p_end, "scope": "identity_only" if partial else "full", "draw": "batch"}
+    assert depths == [depth, depth if method == "dml" else None]
+    assert (found.method.name, found.data.name) == (method, folder)
+    assert f"({' and '.join(figures)} % top-1)" in shipped()[name]
+    text = (Path(potstill.__file__).parent / "recipes" / f"{name}.yaml").read_text()
+    assert f"; {' and '.join(plain)} % without sub-networks" in text or not plain
+    settings = found.method.model_dump()
+    expected = {
+        "kd": {"gamma": 0.1, "alpha": 0.9, "temperature": 4},
+        "at": {"beta": 1000, "gamma": 1, "alpha": 0, "taps": ["stage1", "stage2", "stage3"]},
+        "dml": {"mode": "synchronous", "temperature": 1, "alpha": 1},
+    }[method]
+    assert {k: settings[k] for k in expected} == expected
+
+
+@pytest.mark.parametrize("name", [n for n in shipped() if "/stochastic-" in n])
+def test_stochastic_networks_are_trained_as_those_of_mutual_learning(name):
+    """Nesterov 0.9, 0.1, a tenth every 60 of 200 epochs, batch 64, 5e-4; no published schedule."""
+    found = load(name, ["teachers.0.weights=x"] if name in NEEDS_WEIGHTS else [])
+    (sgd,) = found.optimizers.values()
+    assert (sgd.name, sgd.lr, sgd.momentum, sgd.nesterov) == ("sgd", 0.1, 0.9, True)
+    assert (sgd.weight_decay, found.epochs, found.data.batch_size) == (5e-4, 200, 64)
+    assert (sgd.schedule.milestones, sgd.schedule.factor) == ([60, 120, 180], 0.1)
+
+
+def test_the_recipes_of_stochastic_teachers_are_those_of_the_tables():
+    """No recipe for a suspect row; one to train every teacher, whose command is written there."""
+    there = {n for n in shipped() if "/stochastic-" in n and "-vanilla-" not in n}
+    assert there == {name for name, row in STOCHASTIC.items() if row}
+    doubtful = [name for name, row in STOCHASTIC.items() if not row]
+    assert doubtful == [
+        "cifar100/stochastic-kd-resnet32-vgg13",
+        "cifar100/stochastic-kd-resnet110-resnet20",
+    ]
+    folder = Path(potstill.__file__).parent / "recipes"
+    for name in there - {n for n in there if "-dml-" in n}:
+        text = (folder / f"{name}.yaml").read_text()
+        recipe, *overrides = re.search(r"potstill train ((?:.|\\\n)*?)\n[^#]", text)[1].split()
+        words = [w for w in overrides if "=" in w]
+        student = load(recipe, words).students[0]
+        teacher = load(name, ["teachers.0.weights=x"]).teachers[0]
+        assert (student.name, student.stochastic) == (teacher.name, teacher.stochastic)
+
+
 def test_settings_for_imagenet():
     """Chosen: 90 epochs, batch 256, a tenth at 30 and 60; Adam's drops at 15 and 30."""
     found = load("imagenet/afd-online-resnet18-resnet34", ["data.root=images"])
@@ -436,6 +540,8 @@ def test_published_settings():
         if not name.startswith("cifar100/") or "onecycle" in name or name in GRAPH:
             continue
         if name in ONLINE or name in ("cifar100/dml-resnet32-resnet32", ONE):
+            continue
+        if "/stochastic-" in name:
             continue
         found = load(name, ["teachers.0.weights=x"] if name in NEEDS_WEIGHTS else [])
         sgd, data = found.optimizers["default"], found.data

@@ -22,6 +22,7 @@ from potstill.method import Batch, Method, Outputs, Phase, Progress, Terms, Turn
 from potstill.methods import METHODS
 from potstill.net import Captured, Net
 from potstill.optim import Constant, OptimizerPlan, Steps, adam, sgd
+from potstill.stochastic_depth import stochastic
 from tests.toys import CLASSES, SHAPE, ToyImages, channels_last, pace, toy_net
 
 close = torch.testing.assert_close
@@ -569,6 +570,41 @@ def test_a_compiled_network_cannot_give_input_gradients():
     method.needs_input_gradient = True
     with pytest.raises(MethodError, match="set compile=false"):
         engine.compile_networks(method)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda method: setattr(method, "teachers", (stochastic(toy_net(), p_end=0.9),)),
+            "the outputs of teacher 0 cannot be stored: it is another sub-network at every step, "
+            "and a stored output would be one of them for ever; leave the store off, or set "
+            "teachers.0.stochastic.draw=never",
+        ),
+        (
+            lambda method: setattr(method, "teacher_statistics", "batch"),
+            "the outputs of KD's teachers cannot be stored: they depend on the other images of the "
+            'batch; leave the store off, or set method.teacher_statistics="running"',
+        ),
+        (
+            lambda method: setattr(method, "needs_input_gradient", True),
+            "the outputs of KD's teachers cannot be stored: it differentiates them with respect to "
+            "the image; leave the store off",
+        ),
+    ],
+)
+def test_outputs_that_are_not_always_the_same_cannot_be_stored(change, words):
+    method = METHODS["kd"]([toy_net()], [toy_net(1)], ToyImages().spec())
+    engine.require_storable(method)
+    change(method)
+    with pytest.raises(MethodError, match=f"^{re.escape(words)}$"):
+        engine.require_storable(method)
+
+
+@pytest.mark.parametrize("depth", [{"p_end": 0.9, "draw": "never"}, {"p_end": 1}])
+def test_outputs_of_a_stochastic_teacher_that_draws_nothing_can_be_stored(depth):
+    teacher = stochastic(toy_net(1), **depth)
+    engine.require_storable(METHODS["kd"]([toy_net()], [teacher], ToyImages().spec()))
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -186,6 +186,31 @@ def compile_networks(method: Method) -> None:
             net.compile()
 
 
+def require_storable(method: Method) -> None:
+    """Refuse to store and replay teachers' outputs where an image's are not always the same.
+
+    Raises MethodError with the reason, and what would allow it.
+    """
+    name = type(method).__name__
+    for t, teacher in enumerate(method.teachers):
+        if teacher.samples:
+            raise MethodError(
+                f"the outputs of teacher {t} cannot be stored: it is another sub-network at every "
+                "step, and a stored output would be one of them for ever; leave the store off, or "
+                f"set teachers.{t}.stochastic.draw=never"
+            )
+    if method.teachers and method.teacher_statistics == "batch":
+        raise MethodError(
+            f"the outputs of {name}'s teachers cannot be stored: they depend on the other images "
+            'of the batch; leave the store off, or set method.teacher_statistics="running"'
+        )
+    if method.needs_input_gradient:
+        raise MethodError(
+            f"the outputs of {name}'s teachers cannot be stored: it differentiates them with "
+            "respect to the image; leave the store off"
+        )
+
+
 def train_step(
     phase: Phase,
     optimizers: Mapping[str, torch.optim.Optimizer],

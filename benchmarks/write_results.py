@@ -2,7 +2,8 @@
 
     python benchmarks/write_results.py [--short RUN ...] [--features RUN ...] [--demo DIR] \
         [--overhead FILE ...] [--taps FILE] [--methods FILE ...] \
-        [--tiny FILE ...] [--svd FILE ...] [--online RUN ...] [--together FILE ...]
+        [--tiny FILE ...] [--svd FILE ...] [--online RUN ...] [--together FILE ...] \
+        [--stochastic RUN ...] [--skipping FILE ...]
 
 Sections whose files are not given stay as they are. A run's small files (recipe.yaml, env.json,
 metrics.jsonl, result.json) are kept under benchmarks/results/runs/, its weights are not.
@@ -57,6 +58,12 @@ def finished(directory: Path) -> tuple[Run, dict[str, Any]]:
     return run, run.result
 
 
+def under(settings: recipe.Recipe) -> str:
+    """What a run's name adds for a stochastic teacher: ", p_end 0.9"."""
+    depths = [teacher.stochastic for teacher in settings.teachers]
+    return "".join(f", p_end {depth.p_end:g}" for depth in depths if depth is not None)
+
+
 def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list[str]:
     """Single runs, one row each, and a remark."""
     rows, commands, places = [], [], set()
@@ -67,7 +74,7 @@ def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list
         teacher = result["teachers"].get("teacher0")
         rows.append(
             [
-                f"`{settings.method.name}` {settings.students[0].name}",
+                f"`{settings.method.name}` {settings.students[0].name}{under(settings)}",
                 f"{teacher['top1']:.2f}" if teacher else "-",
                 f"{result['scores']['student']['top1']:.2f}",
                 f"{best['top1']:.2f} (epoch {best['epoch']})",
@@ -268,6 +275,50 @@ images an epoch, the ensemble evaluated too. By counting passes (forward 1, back
 networks can reach 6/7 of it in `dml`, whose first network predicts twice, three 9/11; and 3/5 in
 `afd_online`, which goes backwards through each network twice. In `one` the low layers are shared.
 """
+
+
+def skipping(files: Sequence[Path]) -> list[str]:
+    """What a stochastic teacher's forward costs beside the plain one's."""
+    head = ["teacher", "p_end", "blocks alive", "ms plain", "time / plain", "quartiles"]
+    heading = "## Stochastic depth: a teacher's forward beside the plain one's\n"
+    parts, lines = [heading, ON_SKIPPING], []
+    for path in files:
+        found = json.loads(path.read_text())
+        rows = [
+            [
+                f"`{name}`",
+                p_end,
+                f"{row['alive']:.3f}",
+                f"{1000 * model['plain_seconds']:.0f}",
+                f"{row['ratio']:.3f}",
+                "{:.3f} to {:.3f}".format(*row["ratio_quartiles"]),
+            ]
+            for name, model in found["models"].items()
+            for p_end, row in model["p_end"].items()
+        ]
+        place = hardware(found["environment"])
+        parts += [
+            table(head, rows) + "\n",
+            f"Batch {found['batch_size']}, n {found['n']}. On: {place}.\n",
+        ]
+        precision = {"bfloat16": "bf16", "float32": "fp32"}[found["environment"]["precision"]]
+        lines.append(
+            f"python benchmarks/stochastic_cost.py --precision {precision} --out {path.as_posix()}"
+        )
+    return [*parts, "```bash\n" + "\n".join(lines) + "\n```\n"]
+
+
+ON_STOCHASTIC = """\
+The published settings shortened from 240 epochs to five, milestones with them. The teacher is the
+same ResNet-56, trained without dropping; with p_end 0.9 it is another sub-network at every step and
+measured at its expected depth. One seed: no claim of order.
+"""
+ON_SKIPPING = """\
+Rounds of forwards in turns on one batch, the stochastic teacher drawn anew each time; medians of
+the rounds' ratios, with quartiles. "Blocks alive" is the share that survives on average: what the
+time would be if blocks were everything and cost the same. MobileNetV1 is compared with the plain
+network, without the shortcuts that it is given.
+"""
 ON_FEATURES = """\
 `mhgd` learns its heads in two epochs before the ten. The time counts them.
 """
@@ -345,6 +396,8 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", type=Path, nargs="+", help="of method_cost.py on 64x64 images")
     parser.add_argument("--svd", type=Path, nargs="+")
     parser.add_argument("--online", type=Path, nargs="+", help="runs of several networks")
+    parser.add_argument("--stochastic", type=Path, nargs="+", help="runs with stochastic teachers")
+    parser.add_argument("--skipping", type=Path, nargs="+", help="of stochastic_cost.py")
     parser.add_argument("--together", type=Path, nargs="+", help="of online_cost.py")
     options = parser.parse_args()
     cost = "Methods: one epoch of 5,000 images, ResNet-56 to ResNet-20"
@@ -352,6 +405,7 @@ if __name__ == "__main__":
     features = "Feature methods: ResNet-20 on CIFAR-100 in 10 one-cycle epochs"
     pair = "Online: two ResNet-20 on CIFAR-100 in 5 epochs"
     costs = "Online: what K networks cost beside K plain runs"
+    drawn = "Stochastic teachers: ResNet-20 on CIFAR-100 in 5 epochs"
     budget = "ResNet-20 on CIFAR-100 in 10 one-cycle epochs"
     made = [
         *([trainings(budget, options.short)] if options.short else []),
@@ -363,6 +417,8 @@ if __name__ == "__main__":
         *([methods(tiny, ON_TINY, options.tiny)] if options.tiny else []),
         *([svd(options.svd)] if options.svd else []),
         *([online(pair, options.online, ON_ONLINE)] if options.online else []),
+        *([trainings(drawn, options.stochastic, ON_STOCHASTIC)] if options.stochastic else []),
+        *([skipping(options.skipping)] if options.skipping else []),
         *([together(costs, ON_TOGETHER, options.together)] if options.together else []),
     ]
     RESULTS.write_text(merged(RESULTS.read_text(), ["\n".join(parts) for parts in made]))

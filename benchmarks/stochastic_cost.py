@@ -1,0 +1,124 @@
+"""A stochastic teacher's forward beside the plain one's.
+
+Both teachers have equal weights and see one batch that lies ready; they run in this process, in
+turns, so that whatever else the machine does meets both. A round is several forwards of each, and
+the stochastic one draws anew at every one of them.
+
+    python benchmarks/stochastic_cost.py [--models resnet56 ...] [--p-end 0.9 0.5] [--rounds 15]
+        [--batch 64] [--precision auto] [--out FILE]
+
+Prints the stochastic time / the plain time, median and quartiles over the rounds, beside the share
+of the blocks that are alive on average; the claim is at most 1. --out writes the result file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill import stochastic
+from potstill.models import build
+from potstill.net import Net
+from potstill.run import describe_environment
+from potstill.training import choose_precision
+
+MODELS = ["resnet56", "resnet110", "wrn_40_4", "mobilenetv1"]
+
+
+@torch.no_grad()
+def compare(
+    name: str,
+    p_ends: list[float],
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    precision: torch.dtype | None,
+) -> dict[str, Any]:
+    """Seconds of a forward of the plain teacher and of stochastic ones, in each round."""
+    torch.manual_seed(0)
+    plain = build(name)
+    teachers = {"plain": plain, **{f"{p:g}": stochastic(plain, p) for p in p_ends}}
+    for teacher in teachers.values():
+        teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher.eval()
+        teacher.precision = precision
+    image = torch.randn(batch, *plain.input_shape, device=device)
+    image = image.contiguous(memory_format=torch.channels_last)
+
+    def seconds(teacher: Net) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        teacher(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for _ in range(2):  # to warm up
+        once = sum(map(seconds, teachers.values()))
+    passes = max(4, round(2 / once))
+    found: dict[str, list[float]] = {key: [] for key in teachers}
+    for _ in range(rounds):
+        times: dict[str, list[float]] = {key: [] for key in teachers}
+        for number in range(passes):
+            order = list(teachers.items())
+            for key, teacher in order if number % 2 else reversed(order):
+                times[key].append(seconds(teacher))
+        for key, values in times.items():  # means: every draw counts
+            found[key].append(statistics.mean(values))
+    rows = {}
+    for p in p_ends:
+        ratios = [a / b for a, b in zip(found[f"{p:g}"], found["plain"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        survival = teachers[f"{p:g}"].depths[0].survival
+        rows[f"{p:g}"] = {
+            "alive": sum(survival) / len(survival),
+            "ratio": middle,
+            "ratio_quartiles": [low, high],
+            "seconds": statistics.median(found[f"{p:g}"]),
+        }
+    return {
+        "plain_seconds": statistics.median(found["plain"]),
+        "forwards_per_round": passes,
+        "p_end": rows,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--p-end", type=float, nargs="+", default=[0.9, 0.7, 0.5])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    precision = choose_precision(options.precision, device)
+    results = {}
+    for name in options.models:
+        results[name] = compare(
+            name, options.p_end, options.batch, options.rounds, device, precision
+        )
+        for p_end, row in results[name]["p_end"].items():
+            low, high = row["ratio_quartiles"]
+            print(
+                f"{name}, p_end {p_end}: {row['ratio']:.3f} of the plain forward (quartiles "
+                f"{low:.3f} to {high:.3f}, {options.rounds} rounds), {row['alive']:.3f} of the "
+                "blocks alive",
+                flush=True,
+            )
+    if options.out:
+        environment = describe_environment(
+            device, precision=str(precision or torch.float32).removeprefix("torch.")
+        )
+        environment.pop("command")
+        found = {"models": results, "n": options.rounds, "batch_size": options.batch}
+        options.out.write_text(json.dumps(found | {"environment": environment}, indent=2) + "\n")

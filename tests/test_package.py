@@ -27,6 +27,7 @@ PUBLIC = [
     "Update",
     "build",
     "distill",
+    "stochastic",
 ]
 
 

@@ -165,7 +165,7 @@ class Net(_Wrapper):
     final linear layer is found. `normalize` is (scale, shift) per channel, applied to the
     image first, for a network trained with other statistics than the data's; see
     `affine_between`. `norms` says, by tap, which BatchNorm is right before the ReLU that follows,
-    `blocks` which submodules a stochastic depth may skip, in forward order, and `block_ends` where
+    `blocks` which submodules a stochastic depth counts, in forward order, and `block_ends` where
     each one's output is seen after its ReLU, if that is not the block's own output.
 
     >>> net = Net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5)),

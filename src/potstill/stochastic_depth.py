@@ -84,7 +84,7 @@ def stochastic(net: Net, p_end: float, scope: Scope = "full", draw: Draw = "batc
     be told from the branch, or are stochastic already; TapError for a tap inside a block.
     """
     _require_arguments(p_end, scope, draw)
-    if net.stochastic is not None:
+    if net.stochastic is not None or net.depths:
         raise NetworkError("this network is stochastic already; give the plain one")
     kind = type(net.module).__name__
     if not net.blocks:

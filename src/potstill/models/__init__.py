@@ -149,6 +149,7 @@ def _own(
         sys.path.pop(0)
     if isinstance(made, Net):
         made.close()
+        depth = made.stochastic
         made = Net(
             made.module,
             made.taps,
@@ -158,6 +159,7 @@ def _own(
             blocks=made.blocks,
             block_ends=made.block_ends,
         )
+        made.stochastic = depth
     elif isinstance(made, nn.Module):
         made = tapped(made, input_shape, normalize)
     else:

@@ -37,7 +37,7 @@ class Architecture:
     build: Callable[[int, Sequence[int]], nn.Module]
     taps: Mapping[str, Tap]
     blocks: tuple[str, ...]
-    """Paths of the blocks that a stochastic depth may skip, in forward order."""
+    """Paths of the blocks that a stochastic depth counts, in forward order."""
     input_shape: tuple[int, int, int] = (3, 32, 32)
     description: str = ""
     block_ends: tuple[str, ...] | None = None

@@ -15,8 +15,10 @@ from torch import nn
 from potstill import distributed, engine
 from potstill.evaluate import evaluate
 from potstill.files import save_tensors
+from potstill.methods import METHODS
+from potstill.stochastic_depth import stochastic
 from tests.methods.test_contract import ALL, build, pace_of, trained_teacher
-from tests.toys import ToyImages
+from tests.toys import ToyImages, toy_net
 
 
 def work(folder: Path) -> None:
@@ -43,6 +45,29 @@ def shared_gradients() -> dict[str, list[float]]:
     (twice,) = distributed.gradient((distributed.gather(u) + distributed.gather(w)).sum(), [rows])
     found = {"one": one, "other": other, "expanded": expanded, "twice": twice}
     return {name: tensor.tolist() for name, tensor in found.items()}
+
+
+def stochastic_networks(folder: Path) -> None:
+    """kd of a stochastic teacher and dml of stochastic students, and what each of them drew.
+
+    The teacher has BatchNorm, which uses running averages here, as on one rank.
+    """
+    images = ToyImages(dtype=torch.float64)
+    with distributed.together():
+        for draw in ("batch", "image"):
+            teacher = stochastic(toy_net(9, width=6), 0.5, draw=draw)
+            pair = [stochastic(toy_net(seed, "group"), 0.5, draw=draw) for seed in (0, 1)]
+            for name, method in (
+                ("kd", METHODS["kd"]([toy_net(0, "group")], [teacher], images.spec())),
+                ("dml", METHODS["dml"](pair, [], images.spec(0))),
+            ):
+                training = engine.Training(method.double(), images, pace_of(method, 2))
+                moments = list(training.run())
+                records = [{k: v.item() for k, v in m.terms.items()} for m in moments]
+                drew = [m.subnetworks for m in moments if m.epoch_done]
+                place = folder / f"{name}-{draw}.{distributed.rank()}"
+                save_tensors(Path(f"{place}.safetensors"), training.state()[0], {})
+                Path(f"{place}.json").write_text(json.dumps([records, drew]))
 
 
 if __name__ == "__main__":

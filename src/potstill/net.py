@@ -572,18 +572,18 @@ class Net(_Wrapper):
             self._check(self._tape)
             captured = self._tape.values
             if self._skippable:
-                self._check_skipped(training)
+                self._check_skipped(training, captured)
             self._tape.values, self._tape.versions = None, None
         return {name: x.shape[1:] for name, x in captured.items()}, logits.shape[1]
 
-    def _check_skipped(self, training: bool) -> None:
+    def _check_skipped(self, training: bool, captured: Iterable[str]) -> None:
         """Refuse taps that are not there whenever a stochastic depth skips a block."""
         self._tape.values, self._tape.calls = {}, {}
         with ExitStack() as stack:
             for depth in self.depths:
                 stack.enter_context(depth.without())
             self._try_out(training)
-        for name in self._targets:
+        for name in captured:
             if name not in self._tape.values:
                 raise TapError(
                     f"feature '{name}' ('{self.taps[name]}') is inside a block that a stochastic "

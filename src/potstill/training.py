@@ -476,7 +476,7 @@ def _depth_in_words(settings: Mapping[str, Any]) -> str:
 def _alive(net: Net) -> str:
     """ "25 of 27 blocks may be dropped, 23.6 of them are alive on average"."""
     chances = [p for depth in net.depths for p in depth.survival if p < 1]
-    if not chances:
+    if not net.samples:
         return f"none of its {len(net.blocks)} blocks is ever dropped"
     return (
         f"{len(chances)} of {len(net.blocks)} blocks may be dropped, {sum(chances):.1f} of them "

@@ -304,7 +304,12 @@ def _differences(
         if items:
             more = f", and {len(items) - 4} more" if len(items) > 4 else ""
             lines.append(f"  {title}: {', '.join(items[:4])}{more}")
-    if net.stochastic is not None and any(".shortcut." in name for name in found.missing):
+    if weights.stochastic is not None and net.stochastic is not None:
+        lines.append(
+            f"these weights were trained with stochastic: {json.dumps(dict(weights.stochastic))}; "
+            "give the same scope, or leave stochastic out"
+        )
+    elif net.stochastic is not None and any(".shortcut." in name for name in found.missing):
         lines.append(
             "its blocks were given shortcuts, which plain weights have no layers for: train it so "
             "first, with method vanilla and this network as the student"

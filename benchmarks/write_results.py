@@ -58,10 +58,9 @@ def finished(directory: Path) -> tuple[Run, dict[str, Any]]:
     return run, run.result
 
 
-def under(settings: recipe.Recipe) -> str:
-    """What a run's name adds for a stochastic teacher: ", p_end 0.9"."""
-    depths = [teacher.stochastic for teacher in settings.teachers]
-    return "".join(f", p_end {depth.p_end:g}" for depth in depths if depth is not None)
+def under(result: Mapping[str, Any]) -> str:
+    """What a run's name adds for a stochastic network: ", p_end 0.9"."""
+    return "".join(f", p_end {d['p_end']:g}" for d in result.get("stochastic", {}).values())
 
 
 def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list[str]:
@@ -74,7 +73,7 @@ def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list
         teacher = result["teachers"].get("teacher0")
         rows.append(
             [
-                f"`{settings.method.name}` {settings.students[0].name}{under(settings)}",
+                f"`{settings.method.name}` {settings.students[0].name}{under(result)}",
                 f"{teacher['top1']:.2f}" if teacher else "-",
                 f"{result['scores']['student']['top1']:.2f}",
                 f"{best['top1']:.2f} (epoch {best['epoch']})",

@@ -6,9 +6,9 @@ arXiv:1603.09382. What a network needs to be drawn from; `potstill.stochastic` m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,17 @@ class Depth:
     evaluated.
     """
 
-    def __init__(self, survival: Sequence[float], draw: Draw) -> None:
+    def __init__(
+        self,
+        survival: Sequence[float],
+        draw: Draw = "batch",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.survival = tuple(survival)
         """p_l of every block of the network, 1 for those that are always there."""
         self.draw = draw
+        self.settings = dict(settings or {})
+        """The arguments that `potstill.stochastic` made the network with."""
         self._seed: int | None = None
         self._fates: Sequence[float | Tensor] | None = None
 
@@ -53,21 +60,23 @@ class Depth:
         """Who is alive for a batch. (L,) bool, or (images, L) where each image has its own draw."""
         generator = None if self._seed is None else torch.Generator().manual_seed(self._seed)
         size = (images, len(self.survival)) if self.draw == "image" else (len(self.survival),)
-        return torch.rand(size, generator=generator, device="cpu") < torch.tensor(self.survival)
+        survival = torch.tensor(self.survival, device="cpu")
+        return torch.rand(size, generator=generator, device="cpu") < survival
 
     @contextmanager
     def sampling(self, images: int, device: torch.device) -> Iterator[None]:
         """Within, the network is a sub-network, drawn for this rank's `images`."""
         alive = self.drawn(images * distributed.world_size())
-        fates: list[float | Tensor] = []
         if self.draw == "image":
-            for column in distributed.local(alive).unbind(1):
-                rows = column.nonzero().flatten()
-                some = 0 < len(rows) < images
-                fates.append(rows.to(device) if some else float(len(rows) > 0))
+            alive = distributed.local(alive)
+            counts = alive.sum(0).tolist()
+            rows = alive.T.nonzero()[:, 1].to(device)  # at once: a copy to a GPU waits for it
+            self._fates = [
+                part if 0 < n < images else float(n > 0)
+                for n, part in zip(counts, torch.split(rows, counts), strict=True)
+            ]
         else:
-            fates += map(float, alive)
-        self._fates = fates
+            self._fates = [float(a) for a in alive]
         try:
             yield
         finally:
@@ -114,8 +123,10 @@ class ResidualBlock(nn.Module):
         if isinstance(fate, Tensor):
             self._show(x, opening)  # first: taps keep the first of two calls
             rows = branch(x[fate])
-            total = shortcut.to(torch.promote_types(rows.dtype, shortcut.dtype))
-            return total.index_add(0, fate, rows.to(total.dtype))
+            dtype = torch.promote_types(rows.dtype, shortcut.dtype)
+            total = shortcut.to(dtype, copy=True)  # written into, so that it stays channels_last
+            total[fate] = total[fate] + rows
+            return total
         if fate == 1:
             return branch(x) + shortcut
         if fate == 0:
@@ -131,5 +142,16 @@ class ResidualBlock(nn.Module):
             for layer in opening:
                 x = layer(x)
 
+    @property
+    def survival(self) -> float:
+        """Probability that the branch is alive."""
+        return 1.0 if self.depth is None else self.depth.survival[self.number]
+
     def extra_repr(self) -> str:
-        return "" if self.depth is None else f"survival={self.depth.survival[self.number]:.4g}"
+        return "" if self.depth is None else f"survival={self.survival:.4g}"
+
+
+def settings_of(module: nn.Module) -> Mapping[str, Any] | None:
+    """The arguments that `potstill.stochastic` made a module with; None for a plain one."""
+    blocks = (m for m in module.modules() if isinstance(m, ResidualBlock))
+    return next((block.depth.settings for block in blocks if block.depth is not None), None)

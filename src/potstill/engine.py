@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,13 +192,13 @@ def require_storable(method: Method) -> None:
 
     Raises MethodError with the reason, and what would allow it.
     """
-    name = type(method).__name__
+    name, never = type(method).__name__, {"draw": "never"}
     for t, teacher in enumerate(method.teachers):
         if teacher.samples:
             raise MethodError(
                 f"the outputs of teacher {t} cannot be stored: it is another sub-network at every "
                 "step, and a stored output would be one of them for ever; leave the store off, or "
-                f"set teachers.{t}.stochastic.draw=never"
+                f"set teachers.{t}.stochastic={_inline({**(teacher.stochastic or {}), **never})}"
             )
     if method.teachers and method.teacher_statistics == "batch":
         raise MethodError(
@@ -209,6 +210,11 @@ def require_storable(method: Method) -> None:
             f"the outputs of {name}'s teachers cannot be stored: it differentiates them with "
             "respect to the image; leave the store off"
         )
+
+
+def _inline(settings: Mapping[str, Any]) -> str:
+    """ "{p_end: 0.9, draw: never}", as in a recipe."""
+    return f"{{{', '.join(f'{k}: {v}' for k, v in settings.items())}}}"
 
 
 def train_step(
@@ -265,7 +271,8 @@ def _forward(turn: Turn[Any], batch: Batch, progress: Progress, previous: Any) -
             raise
         raise MethodError(
             "BatchNorm found one value a channel, which has no variance, in a batch of "
-            f"{len(batch.label)} image(s); set data.drop_last=true, or another data.batch_size"
+            f"{len(batch.label)} image(s); set data.drop_last=true, or another data.batch_size (or "
+            "draw: batch, where a stochastic network draws for each image and one was left)"
         ) from error
 
 
@@ -469,7 +476,8 @@ class Training:
             net.seed(None)
             rows = torch.cat([d.view(-1, d.shape[-1]) for d in drawn])
             live = rows.sum(1).double().mean().item()
-            found[name] = Subnetworks(len(torch.unique(rows, dim=0)), live, rows.shape[1])
+            distinct = {row.tobytes() for row in np.packbits(rows.numpy(), axis=1)}
+            found[name] = Subnetworks(len(distinct), live, rows.shape[1])
         return found
 
     def _shared(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from potstill.depth import Depth, ResidualBlock
+from potstill.depth import Depth, ResidualBlock, settings_of
 from potstill.errors import NetworkError, PotstillError, TapError, did_you_mean, first_line
 from potstill.seeds import seed_of
 
@@ -204,12 +204,10 @@ class Net(_Wrapper):
         """Whether images reach the module so; False where it can only take contiguous ones."""
         self.architecture: str | None = None
         """Its name in recipes, where a training knows it."""
-        self.stochastic: Mapping[str, Any] | None = None
-        """The arguments that `potstill.stochastic` made it with; None for a plain network."""
         self.sampled = False
         """Whether a sub-network has been drawn; who wants to know sets it back."""
         self._skippable = [
-            m for m in module.modules() if isinstance(m, ResidualBlock) and m.depth is not None
+            m for m in module.modules() if isinstance(m, ResidualBlock) and m.survival < 1
         ]
         self._tape = _Tape()
         for what, given in (("taps", taps), ("norms", norms)):
@@ -233,6 +231,8 @@ class Net(_Wrapper):
                 f"there are {len(self.blocks)} blocks and {len(self.block_ends)} block_ends; give "
                 "one end a block"
             )
+        if twice := sorted({path for path in self.blocks if self.blocks.count(path) > 1}):
+            raise TapError(f"blocks name '{twice[0]}' more than once; name each block once")
         for path in self.blocks:
             self._require(path, "blocks name")
         for path in self.norms.values():
@@ -356,8 +356,13 @@ class Net(_Wrapper):
             self._tape.values = None
 
     @property
+    def stochastic(self) -> Mapping[str, Any] | None:
+        """The arguments that `potstill.stochastic` made it with; None for a plain network."""
+        return settings_of(self.module)
+
+    @property
     def depths(self) -> list[Depth]:
-        """What says which blocks are alive: none in a plain network, several in joined parts."""
+        """What says which blocks are alive: none where all are, several in joined parts."""
         found = {id(m.depth): m.depth for m in self._skippable if m.depth is not None}
         return list(found.values())
 

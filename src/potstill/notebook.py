@@ -12,6 +12,7 @@ from torch import nn
 
 from potstill import data as datasets
 from potstill import display, models, training
+from potstill.depth import settings_of
 from potstill.errors import PotstillError
 from potstill.method import Method
 from potstill.methods import METHODS
@@ -176,8 +177,7 @@ def _described(network: Network) -> dict[str, Any]:
         return dict(network)
     if isinstance(network, (str, Path)):
         return {"name": str(network)}
-    depth = network.stochastic if isinstance(network, Net) else None
-    return {"name": _origin(network), "stochastic": depth}
+    return {"name": _origin(network), "stochastic": settings_of(network)}
 
 
 def _data_by_name(train: str | Path, test: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.depth import Depth, Draw, ResidualBlock, linear_decay
-from potstill.errors import NetworkError
+from potstill.errors import NetworkError, by
 from potstill.net import Net
 
 Scope = Literal["full", "identity_only", "last_half"]
@@ -83,22 +83,17 @@ def stochastic(net: Net, p_end: float, scope: Scope = "full", draw: Draw = "batc
     Raises NetworkError for a network whose blocks are not known, have a shortcut inside that cannot
     be told from the branch, or are stochastic already; TapError for a tap inside a block.
     """
-    _require_arguments(p_end, scope, draw)
-    if net.stochastic is not None or net.depths:
-        raise NetworkError("this network is stochastic already; give the plain one")
-    kind = type(net.module).__name__
-    if not net.blocks:
-        raise NetworkError(
-            f"no blocks are known of this {kind}, so none can be skipped; say which with "
-            "Net(..., blocks=[...]), in forward order"
-        )
+    kind = _require(net, p_end, scope, draw)
     chosen = _in_scope(_sizes(net), scope)
+    if not chosen:
+        raise NetworkError(f"no block of this {kind} is in the scope '{scope}'; choose another")
     made = copy.deepcopy(net)
     made.close()
     module = made.module
     depth = Depth(
         [p if i in chosen else 1.0 for i, p in enumerate(linear_decay(len(net.blocks), p_end))],
         draw,
+        {"p_end": p_end, "scope": scope, "draw": draw},
     )
     added = []
     for number, sizes in chosen.items():
@@ -108,8 +103,7 @@ def stochastic(net: Net, p_end: float, scope: Scope = "full", draw: Draw = "batc
             block = _with_shortcut(block, sizes, f"block '{path}' of this {kind}")
             module.set_submodule(path, block)
             added.append(path)
-        if p_end < 1:
-            block.depth, block.number = depth, number
+        block.depth, block.number = depth, number
     found = Net(
         module,
         _outside(net.taps, added),
@@ -119,20 +113,42 @@ def stochastic(net: Net, p_end: float, scope: Scope = "full", draw: Draw = "batc
         blocks=net.blocks,
         block_ends=net.block_ends,
     )
-    found.architecture = net.architecture
-    found.stochastic = {"p_end": p_end, "scope": scope, "draw": draw}
+    found.architecture, found.precision, found.training = (
+        net.architecture,
+        net.precision,
+        net.training,
+    )
     return found
 
 
-def _require_arguments(p_end: float, scope: str, draw: str) -> None:
-    if not 0 < p_end <= 1:
+def _require(net: Net, p_end: float, scope: str, draw: str) -> str:
+    """Refuse what does not fit; the kind of the network's module."""
+    if not isinstance(net, Net):
         raise NetworkError(
-            f"p_end is {p_end:g}; it is the probability that the last block survives, above 0 and "
-            "at most 1"
+            f"a {type(net).__name__} has no blocks that are known; wrap it in Net(..., "
+            "blocks=[...]), which names them in forward order"
+        )
+    if not isinstance(p_end, (int, float)) or not 0 < p_end <= 1:
+        raise NetworkError(
+            f"p_end is {p_end!r}; it is the probability that the last block survives, a number "
+            "above 0 and at most 1"
         )
     for name, given, allowed in (("scope", scope, Scope), ("draw", draw, Draw)):
         if given not in get_args(allowed):
             raise NetworkError(f"{name} is {given!r}; allowed: {', '.join(get_args(allowed))}")
+    if net.stochastic is not None:
+        raise NetworkError("this network is stochastic already; give the plain one")
+    kind = type(net.module).__name__
+    if not net.blocks:
+        raise NetworkError(f"no blocks are known of this {kind}, so none can be dropped: {_FOR}")
+    return kind
+
+
+_FOR = (
+    "stochastic depth is for the ResNets, WRNs, MobileNetV1 and VGGs of `potstill list models`, "
+    "and for a Net(..., blocks=[...]) of your own whose blocks are each a ResidualBlock "
+    "(potstill.depth) or an nn.Sequential"
+)
 
 
 def _normalize(net: Net) -> tuple[list[float], list[float]] | None:
@@ -142,15 +158,32 @@ def _normalize(net: Net) -> tuple[list[float], list[float]] | None:
 
 
 def _sizes(net: Net) -> list[_Sizes]:
-    """Of every block, found by running once."""
+    """Of every block, found by running once.
+
+    Raises NetworkError for a block that writes into what it is given: its shortcut reads that too.
+    """
     seen: dict[str, _Sizes] = {}
+    versions: dict[str, int] = {}
 
-    def note(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda block, args, out: seen.update(
-            {path: _Sizes(args[0].shape[1:], out.shape[1:])}
-        )
+    def before(path: str) -> Callable[[nn.Module, Any], None]:
+        return lambda block, args: versions.update({path: args[0]._version})
 
-    handles = [net.module.get_submodule(p).register_forward_hook(note(p)) for p in net.blocks]
+    def after(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def note(block: nn.Module, args: Any, out: Tensor) -> None:
+            seen[path] = _Sizes(args[0].shape[1:], out.shape[1:])
+            if args[0]._version != versions[path]:
+                raise NetworkError(
+                    f"block '{path}' of this {type(net.module).__name__} overwrites its input in "
+                    "place, which its shortcut reads; build it with inplace=False"
+                )
+
+        return note
+
+    handles = []
+    for path in net.blocks:
+        block = net.module.get_submodule(path)
+        handles += [block.register_forward_pre_hook(before(path))]
+        handles += [block.register_forward_hook(after(path))]
     try:
         net.probe()
     finally:
@@ -160,7 +193,7 @@ def _sizes(net: Net) -> list[_Sizes]:
 
 
 def _in_scope(sizes: Sequence[_Sizes], scope: str) -> dict[int, _Sizes]:
-    """Numbers of the blocks that may be skipped, with their sizes."""
+    """Numbers of the blocks that may be dropped, with their sizes."""
     return {
         i: size
         for i, size in enumerate(sizes)
@@ -174,16 +207,31 @@ def _with_shortcut(block: nn.Module, sizes: _Sizes, which: str) -> WithShortcut:
     line = isinstance(block, nn.Sequential) and type(block).forward is nn.Sequential.forward
     if not line or "shortcut" in block._modules:
         raise NetworkError(
-            f"{which} is a {type(block).__name__}, of which it is not known what is the branch and "
-            "what the shortcut; stochastic depth is for ResNets, WRNs, MobileNetV1 and VGG, and "
-            "for blocks of your own that are a ResidualBlock (potstill.depth) or an nn.Sequential"
+            f"{which}, of class {type(block).__name__}, does not say what is its branch and what "
+            f"its shortcut: {_FOR}"
         )
-    if sizes.kept:
-        return WithShortcut(block, nn.Identity())
-    (inside, height, _), (outside, lower, _) = sizes.inside, sizes.outside
-    convolution = nn.Conv2d(inside, outside, 1, round(height / lower), bias=False)
-    shortcut = nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(outside)))
-    return WithShortcut(block, shortcut.to(next(block.parameters())))
+    shortcut = nn.Identity() if sizes.kept else _projection(sizes, which)
+    found = WithShortcut(block, shortcut)
+    like = next(block.parameters(), None)
+    if like is not None:
+        shortcut.to(like)
+    shortcut.train(block.training)
+    found.training = block.training
+    return found
+
+
+def _projection(sizes: _Sizes, which: str) -> nn.Module:
+    """1x1 convolution and BatchNorm between two sizes of a map."""
+    if len(sizes.inside) == len(sizes.outside) == 3:
+        (channels, *before), (width, *after) = sizes.inside, sizes.outside
+        stride = [max(1, round(a / b)) for a, b in zip(before, after, strict=True)]
+        if [(a - 1) // s + 1 for a, s in zip(before, stride, strict=True)] == after:
+            convolution = nn.Conv2d(channels, width, 1, tuple(stride), bias=False)  # type: ignore[arg-type]
+            return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(width)))
+    raise NetworkError(
+        f"{which} makes {by(sizes.outside)} of {by(sizes.inside)}, which no 1x1 convolution does, "
+        "so it can be given no shortcut; leave it out of blocks"
+    )
 
 
 def _inside(path: str, blocks: Sequence[str]) -> str | None:

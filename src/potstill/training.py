@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from potstill import data as datasets
 from potstill import distributed, engine, memory
@@ -439,7 +439,8 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
         for i, (name, net) in enumerate(zip(names, nets, strict=True)):
             watcher.say(f"{role} {i}: {name}, {_parameters(net):,} parameters")
             if net.stochastic is not None:
-                watcher.say(f"{role} {i}: {_depth_in_words(net.stochastic)}; {_alive(net)}")
+                drawn = _depth_in_words(net.stochastic) if net.depths else "stochastic depth"
+                watcher.say(f"{role} {i}: {drawn}; {_alive(net)}")
     held = f", {len(data.validation):,} validation" if data.validation else ""
     classes = len(data.train.classes)
     watcher.say(
@@ -477,15 +478,29 @@ def _alive(net: Net) -> str:
     """ "25 of 27 blocks may be dropped, 23.6 of them are alive on average"."""
     chances = [p for depth in net.depths for p in depth.survival if p < 1]
     if not net.samples:
-        return f"none of its {len(net.blocks)} blocks is ever dropped"
+        return f"none of {len(net.blocks)} blocks is ever dropped"
     return (
         f"{len(chances)} of {len(net.blocks)} blocks may be dropped, {sum(chances):.1f} of them "
         "are alive on average"
     )
 
 
+class _Drawn(nn.Module):
+    """A stochastic network as it teaches: another sub-network for every batch."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(image).logits  # type: ignore[no-any-return]
+
+
 def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
-    """Test accuracy of every teacher that knows the student's classes: said before training."""
+    """Test accuracy of every teacher that knows the student's classes: said before training.
+
+    A stochastic one is measured at its expected depth, and as it teaches.
+    """
     own = list(job.data.train.classes)
     predictors: dict[str, nn.Module] = {}
     for i, (teacher, classes) in enumerate(
@@ -493,6 +508,8 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
     ):
         if classes is not None and list(classes) == own:
             predictors[f"teacher{i}"] = teacher.predictor()
+            if teacher.samples:
+                predictors[f"teacher{i}_drawn"] = _Drawn(teacher)
         else:
             watcher.say(
                 f"teacher {i}: keeps the head of its {teacher.num_classes} classes, which are not "
@@ -501,8 +518,12 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
     batch = _evaluation_batch(job.data.test)
     scores = evaluate(predictors, job.data.test, batch) if predictors else {}
     for name, score in scores.items():
-        i = int(name.removeprefix("teacher"))
-        watcher.say(f"teacher {i} ({job.teacher_names[i]}): {in_words(score)}")
+        i = int(name.removeprefix("teacher").removesuffix("_drawn"))
+        depth = ""
+        if job.method.teachers[i].samples:
+            drawn = name.endswith("_drawn")
+            depth = " as drawn, a sub-network a batch" if drawn else " at its expected depth"
+        watcher.say(f"teacher {i} ({job.teacher_names[i]}){depth}: {in_words(score)}")
     return scores
 
 
@@ -586,6 +607,11 @@ def _result(
         "scores": last,
         "best_epoch": best,
         "teachers": {name: score._asdict() for name, score in teachers.items()},
+        "stochastic": {
+            name: dict(net.stochastic)
+            for name, net in job.method.by_name.items()
+            if net.stochastic is not None
+        },
         "parameters": {name: _parameters(p) for name, p in predictors.items()},
         "epochs": len(metrics),
         "steps": metrics[-1]["step"],

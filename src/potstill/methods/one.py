@@ -92,6 +92,11 @@ class ONE(Method):
                 f"{name} cuts networks that are one line of parts (nn.Sequential), and student {k} "
                 f"is a {type(net.module).__name__} with a forward of its own"
             )
+        if net.stochastic != first.stochastic:
+            raise MethodError(
+                f"{name}: student {k} has another stochastic depth than student 0, and students "
+                "share their low layers; give the same to each"
+            )
         if repr(net.module) != repr(first.module) or net.taps != first.taps:
             raise MethodError(
                 f"{name}: student {k} is another network than student 0, and students share their "

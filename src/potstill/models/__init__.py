@@ -149,7 +149,6 @@ def _own(
         sys.path.pop(0)
     if isinstance(made, Net):
         made.close()
-        depth = made.stochastic
         made = Net(
             made.module,
             made.taps,
@@ -159,7 +158,6 @@ def _own(
             blocks=made.blocks,
             block_ends=made.block_ends,
         )
-        made.stochastic = depth
     elif isinstance(made, nn.Module):
         made = tapped(made, input_shape, normalize)
     else:

@@ -23,7 +23,7 @@ from potstill.files import load_tensors
 from potstill.models import naming, outside
 from potstill.net import Net, affine_between
 from potstill.run import Run
-from potstill.stochastic_depth import stochastic as skipping
+from potstill.stochastic_depth import stochastic as with_stochastic_depth
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def network(
     if weights is None:
         own = normalize or (mean, std)
         net = models.build(name, num_classes, input_shape, affine_between(mean, std, *own))
-        return net if stochastic is None else skipping(net, **stochastic)
+        return net if stochastic is None else with_stochastic_depth(net, **stochastic)
     if weights.model is not None and weights.model != name:
         raise NetworkError(f"{weights.source} holds a {weights.model}, not a {name}")
     if normalize is None and weights.mean is not None and weights.std is not None:
@@ -208,8 +208,8 @@ def network(
         net = models.build(name, classes, input_shape, affine_between(mean, std, *own))
     if stochastic is None:
         stochastic = weights.stochastic
-    if stochastic is not None:
-        net = skipping(net, **stochastic)
+    if stochastic is not None and net.stochastic != stochastic:  # a factory of one's own may be
+        net = with_stochastic_depth(net, **stochastic)
     loaded = load_into(net, weights)
     if report is not None and weights.foreign:
         report(str(loaded))
@@ -304,16 +304,18 @@ def _differences(
         if items:
             more = f", and {len(items) - 4} more" if len(items) > 4 else ""
             lines.append(f"  {title}: {', '.join(items[:4])}{more}")
-    if weights.stochastic is not None and net.stochastic is not None:
+    scopes = [s and s["scope"] for s in (weights.stochastic, net.stochastic)]
+    if None not in scopes and scopes[0] != scopes[1]:
         lines.append(
-            f"these weights were trained with stochastic: {json.dumps(dict(weights.stochastic))}; "
-            "give the same scope, or leave stochastic out"
+            f"these weights are of a network with stochastic.scope={scopes[0]}, and this is one "
+            f"with {scopes[1]}; give the same, or leave stochastic out"
         )
-    elif net.stochastic is not None and any(".shortcut." in name for name in found.missing):
+    elif net.stochastic is not None and all(".shortcut." in name for name in found.missing):
         lines.append(
             "its blocks were given shortcuts, which plain weights have no layers for: train it so "
             "first, with method vanilla and this network as the student"
         )
+        return lines
     fitting = _fitting(weights.tensors, net.input_shape)
     if fitting:
         counts = sorted(set(fitting.values()))

@@ -2,7 +2,8 @@
 
 Both teachers have equal weights and see one batch that lies ready; they run in this process, in
 turns, so that whatever else the machine does meets both. A round is several forwards of each, and
-the stochastic one draws anew at every one of them.
+the stochastic one draws anew at every one of them: for the whole batch, and for the first p_end
+also for every image.
 
     python benchmarks/stochastic_cost.py [--models resnet56 ...] [--p-end 0.9 0.5] [--rounds 15]
         [--batch 64] [--precision auto] [--out FILE]
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from potstill import stochastic
+from potstill.depth import Draw
 from potstill.models import build
 from potstill.net import Net
 from potstill.run import describe_environment
@@ -43,7 +45,9 @@ def compare(
     """Seconds of a forward of the plain teacher and of stochastic ones, in each round."""
     torch.manual_seed(0)
     plain = build(name)
-    teachers = {"plain": plain, **{f"{p:g}": stochastic(plain, p) for p in p_ends}}
+    drawn: list[tuple[float, Draw]] = [(p, "batch") for p in p_ends] + [(p_ends[0], "image")]
+    variants = {f"{p:g}, {draw}": stochastic(plain, p, draw=draw) for p, draw in drawn}
+    teachers = {"plain": plain, **variants}
     for teacher in teachers.values():
         teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         teacher.eval()
@@ -73,20 +77,20 @@ def compare(
         for key, values in times.items():  # means: every draw counts
             found[key].append(statistics.mean(values))
     rows = {}
-    for p in p_ends:
-        ratios = [a / b for a, b in zip(found[f"{p:g}"], found["plain"], strict=True)]
+    for key, teacher in variants.items():
+        ratios = [a / b for a, b in zip(found[key], found["plain"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        survival = teachers[f"{p:g}"].depths[0].survival
-        rows[f"{p:g}"] = {
+        survival = teacher.depths[0].survival
+        rows[key] = {
             "alive": sum(survival) / len(survival),
             "ratio": middle,
             "ratio_quartiles": [low, high],
-            "seconds": statistics.median(found[f"{p:g}"]),
+            "seconds": statistics.median(found[key]),
         }
     return {
         "plain_seconds": statistics.median(found["plain"]),
         "forwards_per_round": passes,
-        "p_end": rows,
+        "teachers": rows,
     }
 
 
@@ -107,10 +111,10 @@ if __name__ == "__main__":
         results[name] = compare(
             name, options.p_end, options.batch, options.rounds, device, precision
         )
-        for p_end, row in results[name]["p_end"].items():
+        for key, row in results[name]["teachers"].items():
             low, high = row["ratio_quartiles"]
             print(
-                f"{name}, p_end {p_end}: {row['ratio']:.3f} of the plain forward (quartiles "
+                f"{name}, p_end {key}: {row['ratio']:.3f} of the plain forward (quartiles "
                 f"{low:.3f} to {high:.3f}, {options.rounds} rounds), {row['alive']:.3f} of the "
                 "blocks alive",
                 flush=True,

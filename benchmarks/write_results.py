@@ -63,6 +63,12 @@ def under(result: Mapping[str, Any]) -> str:
     return "".join(f", p_end {d['p_end']:g}" for d in result.get("stochastic", {}).values())
 
 
+def _teacher(scores: Mapping[str, Any]) -> str:
+    """Accuracy of a run's teacher, and of a stochastic one as it teaches."""
+    found = [scores[name]["top1"] for name in ("teacher0", "teacher0_drawn") if name in scores]
+    return ", drawn ".join(f"{top1:.2f}" for top1 in found) or "-"
+
+
 def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list[str]:
     """Single runs, one row each, and a remark."""
     rows, commands, places = [], [], set()
@@ -70,11 +76,11 @@ def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list
         run, result = finished(directory)
         settings = recipe.loads(run.recipe)
         best = result["best_epoch"]["student"]
-        teacher = result["teachers"].get("teacher0")
+        teacher = _teacher(result["teachers"])
         rows.append(
             [
                 f"`{settings.method.name}` {settings.students[0].name}{under(result)}",
-                f"{teacher['top1']:.2f}" if teacher else "-",
+                teacher,
                 f"{result['scores']['student']['top1']:.2f}",
                 f"{best['top1']:.2f} (epoch {best['epoch']})",
                 f"{result['scores']['student']['top5']:.2f}",
@@ -278,7 +284,7 @@ networks can reach 6/7 of it in `dml`, whose first network predicts twice, three
 
 def skipping(files: Sequence[Path]) -> list[str]:
     """What a stochastic teacher's forward costs beside the plain one's."""
-    head = ["teacher", "p_end", "blocks alive", "ms plain", "time / plain", "quartiles"]
+    head = ["teacher", "p_end", "one draw a", "alive", "ms plain", "time / plain", "quartiles"]
     heading = "## Stochastic depth: a teacher's forward beside the plain one's\n"
     parts, lines = [heading, ON_SKIPPING], []
     for path in files:
@@ -286,14 +292,14 @@ def skipping(files: Sequence[Path]) -> list[str]:
         rows = [
             [
                 f"`{name}`",
-                p_end,
+                *key.split(", "),
                 f"{row['alive']:.3f}",
                 f"{1000 * model['plain_seconds']:.0f}",
                 f"{row['ratio']:.3f}",
                 "{:.3f} to {:.3f}".format(*row["ratio_quartiles"]),
             ]
             for name, model in found["models"].items()
-            for p_end, row in model["p_end"].items()
+            for key, row in model["teachers"].items()
         ]
         place = hardware(found["environment"])
         parts += [
@@ -309,12 +315,13 @@ def skipping(files: Sequence[Path]) -> list[str]:
 
 ON_STOCHASTIC = """\
 The published settings shortened from 240 epochs to five, milestones with them. The teacher is the
-same ResNet-56, trained without dropping; with p_end 0.9 it is another sub-network at every step and
-measured at its expected depth. One seed: no claim of order.
+same ResNet-56, trained without dropping: with p_end 0.9 it is another sub-network at every step.
+Its accuracy is that of the expected depth, and, "drawn", the mean of the sub-networks of 80 batches
+of test images, as it teaches. One seed: no claim of order.
 """
 ON_SKIPPING = """\
 Rounds of forwards in turns on one batch, the stochastic teacher drawn anew each time; medians of
-the rounds' ratios, with quartiles. "Blocks alive" is the share that survives on average: what the
+the rounds' ratios, with quartiles. "Alive" is the share of blocks that survives on average: what the
 time would be if blocks were everything and cost the same. MobileNetV1 is compared with the plain
 network, without the shortcuts that it is given.
 """

@@ -76,7 +76,7 @@ class Depth:
                 for n, part in zip(counts, torch.split(rows, counts), strict=True)
             ]
         else:
-            self._fates = [float(a) for a in alive]
+            self._fates = [float(a) for a in alive.tolist()]
         try:
             yield
         finally:

@@ -321,9 +321,9 @@ of test images, as it teaches. One seed: no claim of order.
 """
 ON_SKIPPING = """\
 Rounds of forwards in turns on one batch, the stochastic teacher drawn anew each time; medians of
-the rounds' ratios, with quartiles. "Alive" is the share of blocks that survives on average: what the
-time would be if blocks were everything and cost the same. MobileNetV1 is compared with the plain
-network, without the shortcuts that it is given.
+the rounds' ratios, with quartiles. "Alive" is the share of blocks that survives on average: what
+the time would be if blocks were everything and cost the same. With p_end 1 nothing is dropped: its
+rows say how noisy the machine was, and what MobileNetV1's added shortcuts cost beside the plain one.
 """
 ON_FEATURES = """\
 `mhgd` learns its heads in two epochs before the ten. The time counts them.

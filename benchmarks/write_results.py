@@ -322,8 +322,8 @@ of test images, as it teaches. One seed: no claim of order.
 ON_SKIPPING = """\
 Rounds of forwards in turns on one batch, the stochastic teacher drawn anew each time; medians of
 the rounds' ratios, with quartiles. "Alive" is the share of blocks that survives on average: what
-the time would be if blocks were everything and cost the same. With p_end 1 nothing is dropped: its
-rows say how noisy the machine was, and what MobileNetV1's added shortcuts cost beside the plain one.
+the time would be if blocks were everything and cost the same. With p_end 1 nothing is dropped:
+these rows say how noisy the machine was, and what the shortcuts cost that MobileNetV1 is given.
 """
 ON_FEATURES = """\
 `mhgd` learns its heads in two epochs before the ten. The time counts them.

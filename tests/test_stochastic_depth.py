@@ -423,12 +423,13 @@ def outcome(net: Net) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_with_every_block_alive_it_is_the_plain_network(name: str, training: bool):
     """Bit for bit. Networks that are given shortcuts are as with p_end 1."""
-    torch.manual_seed(3)
-    source = copy.deepcopy(plain(name)) if name in NATIVE else stochastic(plain(name), 1.0)
+    start = plain(name)
+    torch.manual_seed(3)  # of the shortcuts
+    source = copy.deepcopy(start) if name in NATIVE else stochastic(start, 1.0)
     expected = outcome(source.train(training))
     for draw in ("batch", "image"):
         torch.manual_seed(3)
-        net = stochastic(plain(name), 0.5, draw=draw).train(training)
+        net = stochastic(start, 0.5, draw=draw).train(training)
         net.seed(0)  # or the draw would take dropout's random numbers
         decide(net, [1.0] * len(net.blocks))
         for what, found in outcome(net).items():
@@ -984,6 +985,8 @@ def test_the_original_stays_plain_and_shares_nothing(name: str):
     assert now == hooks
     ours, theirs = ({t.data_ptr() for t in n.state_dict().values()} for n in (net, source))
     assert not ours & theirs
+    net.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.module.modules())
 
 
 def test_a_network_says_how_it_was_made():
@@ -1090,6 +1093,7 @@ def test_a_tap_inside_a_branch_is_refused_and_changes_nothing(name: str, place: 
         ("resnet8", "layer2.0.downsample"),
         ("resnet8", "layer2.0.relu2:in"),
         ("wrn_16_1", "layer1.1.bn1"),
+        ("wrn_16_1", "layer1.0.relu1:in"),
         ("wrn_16_1", "layer2.0.shortcut"),
         ("wrn_16_1_gkd", "layer2.0.relu1"),
         ("mobilenetv1", "layer2.0.shortcut.bn"),
@@ -1249,15 +1253,55 @@ class Odd(nn.Sequential):
         return x - super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [nn.Sequential, Odd])
-def test_a_line_that_has_a_shortcut_already_or_is_none_is_refused(kind: type[nn.Sequential]):
-    parts = {"conv": nn.Conv2d(1, 1, 1)}
-    if kind is nn.Sequential:
-        parts["shortcut"] = nn.Conv2d(1, 1, 1)
-    module = nn.Sequential(kind(OrderedDict(parts)), nn.Flatten(), nn.Linear(1, 2))
-    net = Net(module, {}, (1, 1, 1), blocks=["0"])
-    expected = f"block '0' of this Sequential, of class {kind.__name__}, {UNKNOWN}"
-    assert refusal(net, 0.5) == expected
+def one_block(block: nn.Module) -> Net:
+    module = nn.Sequential(block, nn.Flatten(), nn.Linear(1, 2))
+    return Net(module, {}, (1, 1, 1), blocks=["0"])
+
+
+def test_a_line_with_a_forward_of_its_own_is_refused():
+    expected = f"block '0' of this Sequential, of class Odd, {UNKNOWN}"
+    assert refusal(one_block(Odd(nn.Conv2d(1, 1, 1))), 0.5) == expected
+
+
+@pytest.mark.parametrize("name", ["shortcut", "branch", "line", "depth", "number", "join"])
+def test_a_part_of_a_line_may_not_have_a_name_that_is_taken(name: str):
+    line = nn.Sequential(OrderedDict({"conv": nn.Conv2d(1, 1, 1), name: nn.Conv2d(1, 1, 1)}))
+    assert refusal(one_block(line), 0.5) == (
+        f"block '0' of this Sequential has a part called '{name}', which it will have another of; "
+        "rename it"
+    )
+
+
+def test_one_call_of_several_is_no_tap_where_the_calls_come_and_go():
+    """A ReLU inside the branch and after the sum: without the branch its first call is another."""
+
+    class Shared(ResidualBlock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(1, 1, 1), nn.ReLU()
+
+        def branch(self, x: Tensor) -> Tensor:
+            return self.conv(self.relu(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.join(self.branch, x, x))
+
+    module = nn.Sequential(Shared(), nn.Flatten(), nn.Linear(1, 2))
+    net = Net(module, {"inner": "0.relu#0"}, (1, 1, 1), blocks=["0"])
+    with pytest.raises(
+        TapError, match=r"^feature 'inner' \('0.relu#0'\) is inside a block that a "
+    ):
+        stochastic(net, 0.5)
+
+
+def test_a_normalisation_of_its_own_keeps_its_kind_of_number():
+    normalize = ([2.0] * 3, [0.5] * 3)
+    net = build("resnet8", 4, (3, 8, 8), normalize).to(torch.bfloat16)
+    copied = stochastic(net, 0.5)
+    for name in ("scale", "shift"):
+        assert torch.equal(getattr(copied, name), getattr(net, name))
+        assert getattr(copied, name).dtype == torch.bfloat16
+        assert getattr(copied, name) is not getattr(net, name)
 
 
 @pytest.mark.parametrize(
@@ -1289,6 +1333,20 @@ def test_a_line_that_overwrites_what_its_shortcut_reads_is_refused():
         "build it with inplace=False"
     )
     assert len(line._forward_hooks) + len(line._forward_pre_hooks) == hooks
+
+
+def test_a_block_that_never_runs_is_refused():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x.flatten(1))
+
+    net = Net(Half(), {}, (1, 1, 2), blocks=["used", "idle"])
+    expected = "block 'idle' never runs in a forward; leave it out of blocks"
+    assert refusal(net, 0.5) == expected
 
 
 def test_a_block_that_is_named_twice_is_refused():

@@ -337,6 +337,27 @@ def test_plain_weights_of_a_network_without_shortcuts_are_refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [("resnet14", "resnet8"), ("resnet8", "resnet14"), ("wrn_16_1", "vgg8")],
+    ids=["too many layers", "too few", "all others"],
+)
+def test_weights_of_another_network_have_no_advice_on_shortcuts(there, here, tmp_path: Path):
+    place = tmp_path / f"{there}.pth"
+    torch.save(build(there, 10, SHAPE).state_dict(), place)
+    with pytest.raises(NetworkError) as caught:
+        training.assemble(recipe("kd", teachers=[skipping(here, weights=str(place))]))
+    assert "shortcuts" not in str(caught.value)
+    assert str(caught.value).splitlines()[-1].startswith(f"these weights fit {there}")
+
+
+@pytest.mark.parametrize("words", ['"yes"', "yes", "[0.5]", '{"p_end": 0.5, "rate": 1}', "0.5"])
+def test_what_another_program_calls_stochastic_is_nothing_to_us(words: str, tmp_path: Path):
+    place = tmp_path / "resnet8.safetensors"
+    save_tensors(place, build("resnet8", 10, SHAPE).state_dict(), {"stochastic": words})
+    assert kinds({"name": "resnet8", "weights": str(place)})[0] is None
+
+
 def test_weights_that_were_trained_with_another_scope_are_refused(tmp_path: Path):
     """VGG-8's layers 1 to 4 widen: the 4 shortcuts of 6 tensors are nothing to its last block."""
     place, depth = tmp_path / "vgg8.safetensors", {"p_end": 0.5, "scope": "full", "draw": "batch"}
@@ -388,7 +409,7 @@ def test_a_stochastic_teacher_is_measured_at_its_expected_depth_and_as_it_teache
         assert run.result["teachers"][name]["top1"] == pytest.approx(100 * count / 898)
     assert right["teacher0"] != right["teacher0_drawn"]
     said = [line for line in listener.lines if line.startswith("teacher 0 (")]
-    words = ("at its expected depth", "as drawn, a sub-network a batch")
+    words = ("at its expected depth", "as drawn, as it teaches")
     scores = run.result["teachers"].values()
     assert said == [
         f"teacher 0 (resnet8) {how}: {score['top1']:.2f} % top-1, {score['top5']:.2f} % top-5 on "

@@ -206,9 +206,10 @@ class Net(_Wrapper):
         """Its name in recipes, where a training knows it."""
         self.sampled = False
         """Whether a sub-network has been drawn; who wants to know sets it back."""
-        self._skippable = [
-            m for m in module.modules() if isinstance(m, ResidualBlock) and m.survival < 1
-        ]
+        parts = [m for m in module.modules() if isinstance(m, ResidualBlock) and m.survival < 1]
+        first = {id(part.depth): i for i, part in reversed(list(enumerate(parts)))}
+        # one network's blocks after another's, each in the order they are counted in
+        self._skippable = sorted(parts, key=lambda part: (first[id(part.depth)], part.number))
         self._tape = _Tape()
         for what, given in (("taps", taps), ("norms", norms)):
             texts = given.values() if isinstance(given, Mapping) else [None]
@@ -377,7 +378,7 @@ class Net(_Wrapper):
             depth.seed(None if seed is None else seed_of(seed, i))
 
     def drawn(self, images: int) -> Tensor:
-        """Which of its skippable blocks the next forward runs.
+        """Which of its skippable blocks a forward runs: the next one, where a seed is set.
 
         (blocks,) bool, or (images, blocks) where each image has a sub-network of its own.
         """
@@ -577,19 +578,20 @@ class Net(_Wrapper):
             self._check(self._tape)
             captured = self._tape.values
             if self._skippable:
-                self._check_skipped(training, captured)
+                self._check_skipped(training)
             self._tape.values, self._tape.versions = None, None
         return {name: x.shape[1:] for name, x in captured.items()}, logits.shape[1]
 
-    def _check_skipped(self, training: bool, captured: Iterable[str]) -> None:
-        """Refuse taps that are not there whenever a stochastic depth skips a block."""
+    def _check_skipped(self, training: bool) -> None:
+        """Refuse taps that are not there, or other ones, where a stochastic depth skips a block."""
+        before = self._tape.calls
         self._tape.values, self._tape.calls = {}, {}
         with ExitStack() as stack:
             for depth in self.depths:
                 stack.enter_context(depth.without())
             self._try_out(training)
-        for name in captured:
-            if name not in self._tape.values:
+        for name, times in before.items():
+            if self._tape.calls.get(name) != times:
                 raise TapError(
                     f"feature '{name}' ('{self.taps[name]}') is inside a block that a stochastic "
                     "depth skips at times; tap where a block begins or ends"

@@ -108,16 +108,12 @@ def stochastic(net: Net, p_end: float, scope: Scope = "full", draw: Draw = "batc
         module,
         _outside(net.taps, added),
         net.input_shape,
-        _normalize(net),
         norms={tap: path for tap, path in net.norms.items() if not _inside(path, added)},
         blocks=net.blocks,
         block_ends=net.block_ends,
     )
-    found.architecture, found.precision, found.training = (
-        net.architecture,
-        net.precision,
-        net.training,
-    )
+    for kept in ("architecture", "precision", "training", "scale", "shift"):
+        setattr(found, kept, getattr(made, kept))
     return found
 
 
@@ -149,12 +145,6 @@ _FOR = (
     "and for a Net(..., blocks=[...]) of your own whose blocks are each a ResidualBlock "
     "(potstill.depth) or an nn.Sequential"
 )
-
-
-def _normalize(net: Net) -> tuple[list[float], list[float]] | None:
-    if net.scale is None or net.shift is None:
-        return None
-    return net.scale.flatten().tolist(), net.shift.flatten().tolist()
 
 
 def _sizes(net: Net) -> list[_Sizes]:
@@ -189,6 +179,8 @@ def _sizes(net: Net) -> list[_Sizes]:
     finally:
         for handle in handles:
             handle.remove()
+    if idle := [path for path in net.blocks if path not in seen]:
+        raise NetworkError(f"block '{idle[0]}' never runs in a forward; leave it out of blocks")
     return [seen[path] for path in net.blocks]
 
 
@@ -205,10 +197,15 @@ def _in_scope(sizes: Sequence[_Sizes], scope: str) -> dict[int, _Sizes]:
 
 def _with_shortcut(block: nn.Module, sizes: _Sizes, which: str) -> WithShortcut:
     line = isinstance(block, nn.Sequential) and type(block).forward is nn.Sequential.forward
-    if not line or "shortcut" in block._modules:
+    if not line:
         raise NetworkError(
             f"{which}, of class {type(block).__name__}, does not say what is its branch and what "
             f"its shortcut: {_FOR}"
+        )
+    taken = [name for name in block._modules if name in _TAKEN or hasattr(ResidualBlock, name)]
+    if taken:
+        raise NetworkError(
+            f"{which} has a part called '{taken[0]}', which it will have another of; rename it"
         )
     shortcut = nn.Identity() if sizes.kept else _projection(sizes, which)
     found = WithShortcut(block, shortcut)
@@ -218,6 +215,9 @@ def _with_shortcut(block: nn.Module, sizes: _Sizes, which: str) -> WithShortcut:
     shortcut.train(block.training)
     found.training = block.training
     return found
+
+
+_TAKEN = ("line", "branch", "shortcut")
 
 
 def _projection(sizes: _Sizes, which: str) -> nn.Module:

@@ -522,7 +522,7 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
         depth = ""
         if job.method.teachers[i].samples:
             drawn = name.endswith("_drawn")
-            depth = " as drawn, a sub-network a batch" if drawn else " at its expected depth"
+            depth = " as drawn, as it teaches" if drawn else " at its expected depth"
         watcher.say(f"teacher {i} ({job.teacher_names[i]}){depth}: {in_words(score)}")
     return scores
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,20 +67,21 @@ def drawn(
 def features(module: Any, image: Tensor, b: Any) -> dict[str, Tensor]:
     """Stages and logits of a ResNet: h_l = relu(b_l f_l(h_{l-1}) + s_l(h_{l-1})).
 
-    b has a number for each block, or bools (images, L): then f_l is computed of its images alone.
+    b has a number for each block; or bools (images, L), then f_l is computed of its images alone.
     """
-    x, numbers, found = module.relu(module.bn1(module.conv1(image))), iter(range(99)), {}
+    x, numbers, found = module.relu(module.bn1(module.conv1(image))), itertools.count(), {}
     for stage in (1, 2, 3):
         for block in getattr(module, f"layer{stage}"):
-            number = next(numbers)
-            total = x if block.downsample is None else block.downsample(x)
-            own = b[:, number] if getattr(b, "ndim", 1) == 2 else b[number]
-            rows = own.nonzero().flatten() if getattr(own, "ndim", 0) else slice(None)
-            if own.any() if isinstance(own, Tensor) else own:
+            number, total = next(numbers), x
+            if block.downsample is not None:
+                total = block.downsample(x)
+            each = isinstance(b, Tensor) and b.ndim == 2
+            rows = b[:, number].nonzero().flatten() if each else torch.arange(len(x))
+            factor = 1.0 if each else float(b[number])
+            if factor and len(rows):
                 branch = block.relu1(block.bn1(block.conv1(x[rows])))
                 branch = block.bn2(block.conv2(branch))
-                total = total.clone()
-                total[rows] += branch if isinstance(own, Tensor) else own * branch
+                total = total.index_add(0, rows, factor * branch)
             x = F.relu(total)
         found[f"stage{stage}"] = x
     found["logits"] = module.fc(x.mean((2, 3)))
@@ -312,7 +314,7 @@ def test_a_sub_network_of_batch_statistics_normalises_by_the_images_it_has(name:
         alive = teacher.drawn(16)
         (found,) = method.teach(batch)
         with torch.no_grad():
-            naive = features(plain, batch.image, alive if draw == "image" else alive.tolist())
+            naive = features(plain, batch.image, alive)
         for stage in ("stage1", "stage2", "stage3"):
             close(found[stage], naive[stage], atol=1e-5, rtol=1e-4)
         close(found.logits, naive["logits"], atol=1e-5, rtol=1e-4)
@@ -403,37 +405,29 @@ def test_mutual_learning_of_sub_networks_step_by_step(mode: str, draw: str):
     ).double()
     moments = engine.Training(method, images, pace(method, 3, default=plain)).run()
     for step, moment in enumerate(moments):
-        batch = images.seen[step]
-        b = []
-        for k in (0, 1):
-            images_each = 16 if draw == "image" else None
-            alive = drawn(HALF, (0, "distill", step, f"student{k}"), images_each)
-            b.append(alive if draw == "image" else alive.tolist())
+        batch, each = images.seen[step], 16 if draw == "image" else None
+        b = [drawn(HALF, (0, "distill", step, f"student{k}"), each) for k in (0, 1)]
         logits = [features(m, batch.image, b[k])["logits"] for k, m in enumerate(own)]
+        peers, later = [z.detach() for z in logits[::-1]], []
         for k in (0, 1):
-            peer = logits[1 - k].detach()
             if k == 1 and mode == "alternating":
-                kept = {n: v.clone() for n, v in own[0].named_buffers()}
+                averages = {name: value.clone() for name, value in own[0].named_buffers()}
                 with torch.no_grad():
-                    peer = features(own[0], batch.image, b[0])["logits"]
-                for n, v in own[0].named_buffers():
-                    v.copy_(kept[n])
+                    peers[1] = features(own[0], batch.image, b[0])["logits"]
+                own[0].load_state_dict(averages, strict=False)
             ce = F.cross_entropy(logits[k], batch.label)
-            kl = soft_divergence(logits[k], peer, 1.0)
+            kl = soft_divergence(logits[k], peers[k], 1.0)
             close(moment.terms[f"student{k}.ce"], ce.detach(), rtol=1e-9, atol=1e-12)
             close(moment.terms[f"student{k}.kd"], kl.detach(), rtol=1e-9, atol=1e-12)
             weights = list(own[k].parameters())
             gradients = torch.autograd.grad(
                 ce + kl, weights, allow_unused=True, materialize_grads=True
             )
-            if mode == "alternating":
-                for p, g in zip(weights, gradients, strict=True):
-                    p.data -= lr * g
-            else:
-                own[k].step = gradients
-        for m in own if mode == "synchronous" else []:
-            for p, g in zip(m.parameters(), m.step, strict=True):
-                p.data -= lr * g
+            later += [(p, lr * g) for p, g in zip(weights, gradients, strict=True)]
+            if mode == "alternating" or k == 1:
+                for p, change in later:
+                    p.data -= change
+                later.clear()
     for k in (0, 1):
         for key, value in method.nets[k].module.state_dict().items():
             close(value, own[k].state_dict()[key], rtol=1e-9, atol=1e-12, msg=key)

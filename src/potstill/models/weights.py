@@ -132,6 +132,9 @@ def ours(tensors: Mapping[str, Tensor], about: Mapping[str, Any], source: str) -
     """Weights with what a saved predictor's metadata say of them."""
     keys = ("model", "classes", "mean", "std", "input_shape", "stochastic")
     known = {k: about.get(k) for k in keys}
+    depth = known["stochastic"]
+    if not isinstance(depth, dict) or depth.keys() != {"p_end", "scope", "draw"}:
+        known["stochastic"] = None  # another program's word
     if str(known["model"]).startswith("py:"):  # a file must not decide which code is run
         known["model"] = None
     return Weights(tensors, source, **known, about=dict(about))
@@ -310,7 +313,7 @@ def _differences(
             f"these weights are of a network with stochastic.scope={scopes[0]}, and this is one "
             f"with {scopes[1]}; give the same, or leave stochastic out"
         )
-    elif net.stochastic is not None and all(".shortcut." in name for name in found.missing):
+    elif net.stochastic is not None and _only_shortcuts(found):
         lines.append(
             "its blocks were given shortcuts, which plain weights have no layers for: train it so "
             "first, with method vanilla and this network as the student"
@@ -322,6 +325,12 @@ def _differences(
         unlike = f" with {counts[0]} classes" if counts != [net.num_classes] else ""
         lines.append(f"these weights fit {', '.join(fitting)}{unlike}")
     return lines
+
+
+def _only_shortcuts(found: naming.Translation) -> bool:
+    """Whether all that a file lacks are shortcuts that blocks were given, and nothing else is."""
+    added = [name for name in found.missing if ".shortcut." in name]
+    return bool(added) and len(added) == len(found.missing) and not (found.unknown or found.shapes)
 
 
 def _difference(name: str, theirs: Tensor, own: Tensor) -> str:

@@ -332,9 +332,27 @@ def test_plain_weights_of_a_network_without_shortcuts_are_refused(
     assert str(caught.value) == (
         f"{place} does not fit this {kind}:\n"
         f"  only in the network: {added}, and {more} more\n"
-        "its blocks were given shortcuts, which plain weights have no layers for: train it so "
-        "first, with method vanilla and this network as the student"
+        "this network's blocks were given shortcuts, which plain weights were trained without: "
+        "train it so first, with method vanilla and this network as the student"
     )
+
+
+@pytest.mark.parametrize("name", ["vgg8", "mobilenetv1"])
+def test_plain_weights_do_not_pass_where_shortcuts_have_none(name: str, tmp_path: Path):
+    """With identities alone no tensor is missing, and the function is another all the same."""
+    tensors, about = build(name, 10, SHAPE).state_dict(), {"model": f'"{name}"'}
+    save_tensors(tmp_path / "plain.safetensors", tensors, about)
+    depth = {"p_end": 0.5, "scope": "identity_only", "draw": "batch"}
+    teacher = {"name": name, "stochastic": depth, "weights": str(tmp_path / "plain.safetensors")}
+    with pytest.raises(NetworkError) as caught:
+        training.assemble(recipe("kd", teachers=[teacher]))
+    assert str(caught.value) == (
+        f"{tmp_path}/plain.safetensors does not say that it was trained with stochastic depth; "
+        "this network's blocks were given shortcuts, which plain weights were trained without: "
+        "train it so first, with method vanilla and this network as the student"
+    )
+    save_tensors(tmp_path / "own.safetensors", tensors, {**about, "stochastic": json.dumps(depth)})
+    assert kinds({**teacher, "weights": str(tmp_path / "own.safetensors")})[0] == depth
 
 
 @pytest.mark.parametrize(
@@ -710,8 +728,9 @@ def test_a_compiled_run_says_what_is_not(plain: Path, tmp_path: Path):
     on = "on cpu, float32, compiled"
     why = "not compiled, because their blocks come and go:"
     assert compiled_lines({"teachers": [teacher]}, tmp_path / "a") == [on, f"{why} teacher0"]
-    whole = {"teachers": [skipping(p_end=1, weights=str(plain))]}
-    assert compiled_lines(whole, tmp_path / "b") == [on]
+    for i, depth in enumerate(({"p_end": 1}, {"draw": "never"})):
+        whole = {"teachers": [skipping(weights=str(plain), **depth)]}
+        assert compiled_lines(whole, tmp_path / str(i)) == [on]
 
 
 def test_both_names_are_said_of_two_that_are_not_compiled(plain: Path, tmp_path: Path):

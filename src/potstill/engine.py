@@ -166,7 +166,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def compile_networks(method: Method) -> None:
-    """Compile every network of a method, in place, but for those whose depth is stochastic.
+    """Compile every network of a method, in place, but for those that draw sub-networks.
 
     Raises MethodError where that cannot work.
     """
@@ -183,7 +183,7 @@ def compile_networks(method: Method) -> None:
     # or what was compiled for one network's taps would serve another network of that architecture
     dynamo_config.skip_nnmodule_hook_guards = False
     for net in method.by_name.values():
-        if not net.depths:  # what runs of a stochastic one is another graph in every step
+        if not net.samples:  # what runs of a sub-network is another graph in every step
             net.compile()
 
 

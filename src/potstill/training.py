@@ -449,7 +449,7 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
     )
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     watcher.say(f"on {job.device}, {job.precision}{', compiled' if job.compile else ''}{ranks}")
-    if job.compile and (eager := [n for n, net in job.method.by_name.items() if net.depths]):
+    if job.compile and (eager := [n for n, net in job.method.by_name.items() if net.samples]):
         watcher.say(f"not compiled, because their blocks come and go: {', '.join(eager)}")
     for phase in job.training.phases:
         epochs = pace.epochs[phase.name]

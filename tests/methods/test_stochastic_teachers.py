@@ -501,6 +501,23 @@ def test_seed_step_and_network_say_what_is_drawn(draw: str):
     assert one != ran(2, draw)
 
 
+def test_a_block_that_no_image_of_a_batch_has_is_not_run():
+    """p_3 = 0.01: of 16 images mostly none. Nothing is normalised over no image."""
+    student = stochastic(toy_net(0), 0.01, draw="image")
+    method = METHODS["vanilla"]([student], [], ToyImages().spec(0))
+    calls: list[int] = []
+    last = student.module.get_submodule(student.blocks[-1])
+    last.conv1.register_forward_hook(lambda module, given, out: calls.append(len(out)))
+    for _ in engine.Training(method, ToyImages(), pace(method, 4)).run():
+        pass
+    chances = survival(3, 0.01)
+    alive = [drawn(chances, (0, "distill", step, "student"), 16) for step in range(16)]
+    expected = [int(b[:, 2].sum()) for b in alive]
+    assert calls == [n for n in expected if n]
+    assert 0 in expected
+    assert all(value.isfinite().all() for value in state_of(method).values())
+
+
 def test_a_draw_takes_nothing_from_torchs_generator():
     """So that whatever else a method draws is what it draws with the plain teacher."""
     states = []
@@ -621,6 +638,15 @@ def test_the_plain_networks_of_a_run_are_compiled_and_the_stochastic_ones_are_no
         assert len(different) > 1
         terms.append(torch.stack(moments))
     close(*terms, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_draws_nothing_is_compiled():
+    net = stochastic(toy_net(), 0.5, draw="never").eval()
+    image = ToyImages(4).image
+    expected = net(image).logits
+    engine.compile_networks(METHODS["kd"]([toy_net(1)], [net], ToyImages().spec()))
+    assert net._compiled_call_impl is not None
+    close(net(image).logits, expected)
 
 
 @pytest.fixture(scope="module")

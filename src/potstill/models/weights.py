@@ -23,6 +23,7 @@ from potstill.files import load_tensors
 from potstill.models import naming, outside
 from potstill.net import Net, affine_between
 from potstill.run import Run
+from potstill.stochastic_depth import WithShortcut
 from potstill.stochastic_depth import stochastic as with_stochastic_depth
 
 
@@ -213,6 +214,11 @@ def network(
         stochastic = weights.stochastic
     if stochastic is not None and net.stochastic != stochastic:  # a factory of one's own may be
         net = with_stochastic_depth(net, **stochastic)
+    given = [m.shortcut for m in net.module.modules() if isinstance(m, WithShortcut)]
+    if given and weights.stochastic is None and not any(s.state_dict() for s in given):
+        raise NetworkError(  # where a shortcut has weights, their absence tells
+            f"{weights.source} does not say that it was trained with stochastic depth; {_TRAIN_IT}"
+        )
     loaded = load_into(net, weights)
     if report is not None and weights.foreign:
         report(str(loaded))
@@ -314,17 +320,19 @@ def _differences(
             f"with {scopes[1]}; give the same, or leave stochastic out"
         )
     elif net.stochastic is not None and _only_shortcuts(found):
-        lines.append(
-            "its blocks were given shortcuts, which plain weights have no layers for: train it so "
-            "first, with method vanilla and this network as the student"
-        )
-        return lines
+        return [*lines, _TRAIN_IT]
     fitting = _fitting(weights.tensors, net.input_shape)
     if fitting:
         counts = sorted(set(fitting.values()))
         unlike = f" with {counts[0]} classes" if counts != [net.num_classes] else ""
         lines.append(f"these weights fit {', '.join(fitting)}{unlike}")
     return lines
+
+
+_TRAIN_IT = (
+    "this network's blocks were given shortcuts, which plain weights were trained without: train "
+    "it so first, with method vanilla and this network as the student"
+)
 
 
 def _only_shortcuts(found: naming.Translation) -> bool:

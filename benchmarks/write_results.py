@@ -58,15 +58,10 @@ def finished(directory: Path) -> tuple[Run, dict[str, Any]]:
     return run, run.result
 
 
-def under(result: Mapping[str, Any]) -> str:
-    """What a run's name adds for a stochastic network: ", p_end 0.9"."""
-    return "".join(f", p_end {d['p_end']:g}" for d in result.get("stochastic", {}).values())
-
-
-def _teacher(scores: Mapping[str, Any]) -> str:
-    """Accuracy of a run's teacher, and of a stochastic one as it teaches."""
-    found = [scores[name]["top1"] for name in ("teacher0", "teacher0_drawn") if name in scores]
-    return ", drawn ".join(f"{top1:.2f}" for top1 in found) or "-"
+def under(settings: recipe.Recipe) -> str:
+    """What a run's name adds for a stochastic teacher: ", p_end 0.9"."""
+    depths = [teacher.stochastic for teacher in settings.teachers]
+    return "".join(f", p_end {depth.p_end:g}" for depth in depths if depth is not None)
 
 
 def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list[str]:
@@ -76,11 +71,11 @@ def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list
         run, result = finished(directory)
         settings = recipe.loads(run.recipe)
         best = result["best_epoch"]["student"]
-        teacher = _teacher(result["teachers"])
+        teacher = result["teachers"].get("teacher0")
         rows.append(
             [
-                f"`{settings.method.name}` {settings.students[0].name}{under(result)}",
-                teacher,
+                f"`{settings.method.name}` {settings.students[0].name}{under(settings)}",
+                f"{teacher['top1']:.2f}" if teacher else "-",
                 f"{result['scores']['student']['top1']:.2f}",
                 f"{best['top1']:.2f} (epoch {best['epoch']})",
                 f"{result['scores']['student']['top5']:.2f}",
@@ -316,8 +311,7 @@ def skipping(files: Sequence[Path]) -> list[str]:
 ON_STOCHASTIC = """\
 The published settings shortened from 240 epochs to five, milestones with them. The teacher is the
 same ResNet-56, trained without dropping: with p_end 0.9 it is another sub-network at every step.
-Its accuracy is that of the expected depth, and, "drawn", the mean of the sub-networks of 80 batches
-of test images, as it teaches. One seed: no claim of order.
+Its accuracy is that of the expected depth. One seed: no claim of order.
 """
 ON_SKIPPING = """\
 Rounds of forwards in turns on one batch, the stochastic teacher drawn anew each time; medians of

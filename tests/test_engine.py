@@ -579,7 +579,7 @@ def test_a_compiled_network_cannot_give_input_gradients():
             lambda method: setattr(method, "teachers", (stochastic(toy_net(), p_end=0.9),)),
             "the outputs of teacher 0 cannot be stored: it is another sub-network at every step, "
             "and a stored output would be one of them for ever; leave the store off, or set "
-            "teachers.0.stochastic.draw=never",
+            "teachers.0.stochastic={p_end: 0.9, scope: full, draw: never}",
         ),
         (
             lambda method: setattr(method, "teacher_statistics", "batch"),

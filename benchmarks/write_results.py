@@ -303,7 +303,8 @@ def skipping(files: Sequence[Path]) -> list[str]:
         ]
         precision = {"bfloat16": "bf16", "float32": "fp32"}[found["environment"]["precision"]]
         lines.append(
-            f"python benchmarks/stochastic_cost.py --precision {precision} --out {path.as_posix()}"
+            f"python benchmarks/stochastic_cost.py --precision {precision} --rounds {found['n']} "
+            f"--out {path.as_posix()}"
         )
     return [*parts, "```bash\n" + "\n".join(lines) + "\n```\n"]
 

@@ -15,20 +15,17 @@ of the blocks that are alive on average; the claim is at most 1. --out writes th
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from method_cost import seconds_of
+from tap_cost import arguments, write
 
 from potstill import stochastic
 from potstill.depth import Draw, ResidualBlock
 from potstill.models import build
 from potstill.net import Net
-from potstill.run import describe_environment
 from potstill.training import choose_precision
 
 MODELS = ["resnet56", "resnet110", "wrn_40_4", "mobilenetv1"]
@@ -64,13 +61,7 @@ def compare(
     image = image.contiguous(memory_format=torch.channels_last)
 
     def seconds(teacher: Net) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        teacher(image)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return seconds_of(lambda: teacher(image), device)
 
     for _ in range(2):  # to warm up
         once = sum(map(seconds, teachers.values()))
@@ -103,14 +94,8 @@ def compare(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser = arguments((__doc__ or "").partition("\n")[0], MODELS, rounds=15)
     parser.add_argument("--p-end", type=float, nargs="+", default=[0.9, 0.7, 0.5])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
     precision = choose_precision(options.precision, device)
@@ -128,9 +113,4 @@ if __name__ == "__main__":
                 flush=True,
             )
     if options.out:
-        environment = describe_environment(
-            device, precision=str(precision or torch.float32).removeprefix("torch.")
-        )
-        environment.pop("command")
-        found = {"models": results, "n": options.rounds, "batch_size": options.batch}
-        options.out.write_text(json.dumps(found | {"environment": environment}, indent=2) + "\n")
+        write(options, results, device, precision)

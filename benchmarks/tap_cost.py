@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +86,35 @@ def compare(
     }
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--rounds", type=int, default=21)
+def arguments(description: str, models: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """What a comparison of networks asks for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--models", nargs="+", default=models)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def write(
+    options: argparse.Namespace,
+    results: Mapping[str, Any],
+    device: torch.device,
+    precision: torch.dtype | None,
+) -> None:
+    """The result file of a comparison of networks."""
+    environment = describe_environment(
+        device, precision=str(precision or torch.float32).removeprefix("torch.")
+    )
+    environment.pop("command")
+    found = {"models": results, "n": options.rounds, "batch_size": options.batch}
+    options.out.write_text(json.dumps(found | {"environment": environment}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    options = arguments(__doc__.partition("\n")[0], MODELS, rounds=21).parse_args()
     device = torch.device(options.device)
     precision = choose_precision(options.precision, device)
     results = {}
@@ -107,9 +127,4 @@ if __name__ == "__main__":
             flush=True,
         )
     if options.out:
-        environment = describe_environment(
-            device, precision=str(precision or torch.float32).removeprefix("torch.")
-        )
-        environment.pop("command")
-        found = {"models": results, "n": options.rounds, "batch_size": options.batch}
-        options.out.write_text(json.dumps(found | {"environment": environment}, indent=2) + "\n")
+        write(options, results, device, precision)

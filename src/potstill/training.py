@@ -503,13 +503,18 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
     """
     own = list(job.data.train.classes)
     predictors: dict[str, nn.Module] = {}
+    said: dict[str, str] = {}
     for i, (teacher, classes) in enumerate(
         zip(job.method.teachers, job.method.data.teacher_classes, strict=True)
     ):
         if classes is not None and list(classes) == own:
+            name = f"teacher {i} ({job.teacher_names[i]})"
             predictors[f"teacher{i}"] = teacher.predictor()
+            said[f"teacher{i}"] = name
             if teacher.samples:
+                said[f"teacher{i}"] = f"{name} at its expected depth"
                 predictors[f"teacher{i}_drawn"] = _Drawn(teacher)
+                said[f"teacher{i}_drawn"] = f"{name} as drawn, as it teaches"
         else:
             watcher.say(
                 f"teacher {i}: keeps the head of its {teacher.num_classes} classes, which are not "
@@ -517,13 +522,8 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
             )
     batch = _evaluation_batch(job.data.test)
     scores = evaluate(predictors, job.data.test, batch) if predictors else {}
-    for name, score in scores.items():
-        i = int(name.removeprefix("teacher").removesuffix("_drawn"))
-        depth = ""
-        if job.method.teachers[i].samples:
-            drawn = name.endswith("_drawn")
-            depth = " as drawn, as it teaches" if drawn else " at its expected depth"
-        watcher.say(f"teacher {i} ({job.teacher_names[i]}){depth}: {in_words(score)}")
+    for key, score in scores.items():
+        watcher.say(f"{said[key]}: {in_words(score)}")
     return scores
 
 

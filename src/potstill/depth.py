@@ -7,7 +7,7 @@ arXiv:1603.09382. What a network needs to be drawn from; `potstill.stochastic` m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -63,29 +63,24 @@ class Depth:
         survival = torch.tensor(self.survival, device="cpu")
         return torch.rand(size, generator=generator, device="cpu") < survival
 
-    @contextmanager
-    def sampling(self, images: int, device: torch.device) -> Iterator[None]:
+    def sampling(self, images: int, device: torch.device) -> AbstractContextManager[None]:
         """Within, the network is a sub-network, drawn for this rank's `images`."""
         alive = self.drawn(images * distributed.world_size())
-        if self.draw == "image":
-            alive = distributed.local(alive)
-            counts = alive.sum(0).tolist()
-            rows = alive.T.nonzero()[:, 1].to(device)  # at once: a copy to a GPU waits for it
-            self._fates = [
-                part if 0 < n < images else float(n > 0)
-                for n, part in zip(counts, torch.split(rows, counts), strict=True)
-            ]
-        else:
-            self._fates = [float(a) for a in alive.tolist()]
-        try:
-            yield
-        finally:
-            self._fates = None
+        if self.draw != "image":
+            return self._decided([float(a) for a in alive.tolist()])
+        alive = distributed.local(alive)
+        counts = alive.sum(0).tolist()
+        rows = alive.T.nonzero()[:, 1].to(device)  # at once: a copy to a GPU waits for it
+        parts = zip(counts, torch.split(rows, counts), strict=True)
+        return self._decided([part if 0 < n < images else float(n > 0) for n, part in parts])
+
+    def without(self) -> AbstractContextManager[None]:
+        """Within, every block is skipped that ever is."""
+        return self._decided([float(p == 1) for p in self.survival])
 
     @contextmanager
-    def without(self) -> Iterator[None]:
-        """Within, every block is skipped that ever is."""
-        self._fates = [float(p == 1) for p in self.survival]
+    def _decided(self, fates: Sequence[float | Tensor]) -> Iterator[None]:
+        self._fates = fates
         try:
             yield
         finally:

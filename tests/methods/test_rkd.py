@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.errors import MethodError, TapError
+from potstill.losses import pairwise_distance
 from potstill.method import Batch, DataSpec, Outputs, Progress
-from potstill.methods.rkd import RKD, angle_cosines, angle_loss, distance_loss, pairwise_distance
+from potstill.methods.rkd import RKD, angle_cosines, angle_loss, distance_loss
 from potstill.net import Captured, Net
 from tests.toys import ToyImages, toy_net
 

@@ -5,6 +5,7 @@ KL everywhere: sum over classes, mean over the batch, times temperature squared.
 
 from potstill.losses.alignment import meet
 from potstill.losses.attention import attention_map, attention_map_distance
+from potstill.losses.distance import pairwise_distance
 from potstill.losses.logits import soft_kl
 from potstill.losses.singular import aligned, right_singular_vectors, upright
 
@@ -13,6 +14,7 @@ __all__ = [
     "attention_map",
     "attention_map_distance",
     "meet",
+    "pairwise_distance",
     "right_singular_vectors",
     "soft_kl",
     "upright",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from potstill import distributed
+from potstill.losses import pairwise_distance
 from potstill.method import DataSpec, Method, Outputs, Terms
 from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net, in_full
@@ -75,19 +76,6 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     own, other = (_by_mean(pairwise_distance(x)) for x in (student, teacher.detach()))
     return F.smooth_l1_loss(own, other)
-
-
-def pairwise_distance(x: Tensor) -> Tensor:
-    """Euclidean distances of all pairs, at least 1e-6 but on the diagonal. (B, D) -> (B, B)
-
-    At least float32. The gradient is 0 where the bound holds, not that of a root at 0.
-    """
-    x = in_full(x)
-    x = x - x.mean(dim=0)  # far from the origin the next line would cancel
-    squares = x.square().sum(dim=1)
-    distance = (squares[:, None] + squares - 2 * x @ x.T).clamp_min(1e-12).sqrt()
-    same = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    return distance.masked_fill(same, 0.0)
 
 
 def _by_mean(distance: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""How good a network is: top-k accuracy and cross-entropy over a whole set of images."""
+"""How good a network is: top-k accuracy and cross-entropy over a whole set of images.
+
+Of what it predicts, or of its vectors alone, by the nearest class mean.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 from potstill import distributed
 from potstill.method import Batch
+from potstill.net import Net
 
 
 class Images(Protocol):
@@ -47,21 +51,74 @@ def mean_logits(logits: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(logits)).mean(dim=0)
 
 
+def class_means(vectors: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:
+    """Mean vector of each class, then of unit length. pairs of (B, D), (B,) -> (K, D)
+
+    The vectors are averaged as they are: the mean of unit vectors would be another direction. Over
+    all ranks, each with its share. A class whose mean is zero, or that has no vector, is zero.
+    """
+    sums: Tensor | None = None
+    for x, label in vectors:
+        if sums is None:
+            sums = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=x.device)
+        sums.index_add_(0, label, x.double())
+    if sums is None:
+        raise ValueError("there are no vectors")
+    # the direction of a sum is that of the mean
+    return F.normalize(distributed.summed([sums])[0], dim=1).to(x.dtype)
+
+
+class NearestClassMean(nn.Module):
+    """Classify by the mean of a class's training vectors. (B, C, H, W) -> (B, K)
+
+    Inner products of an image's vector `tap` with `class_means` of the training images, which
+    `evaluate` finds first; no classifier takes part. Ye, Lu, Zhan, TPAMI 2022, arXiv:2205.01915.
+    """
+
+    means: Tensor | None
+
+    def __init__(self, net: Net, classes: int, tap: str = "embed") -> None:
+        super().__init__()
+        self.net, self.classes, self.tap = net, classes, tap
+        self.register_buffer("means", None, persistent=False)
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Find the means of each class, of all ranks' batches."""
+        self.means = class_means(
+            ((self.embed(b.image), b.label) for b in batches if len(b.label)), self.classes
+        )
+
+    def embed(self, image: Tensor) -> Tensor:
+        """What is compared. (B, C, H, W) -> (B, D)"""
+        return self.net.capture(image)[self.tap].flatten(1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        assert self.means is not None, "fit() finds the means first"
+        return self.embed(image) @ self.means.mT
+
+
 @torch.no_grad()  # inference mode would poison what a module caches for training
 def evaluate(
-    predictors: Mapping[str, nn.Module], images: Images, batch_size: int = 500
+    predictors: Mapping[str, nn.Module],
+    images: Images,
+    batch_size: int = 500,
+    training: Images | None = None,
 ) -> dict[str, Scores]:
     """Scores of every predictor (image -> logits), in eval mode, float32, over all ranks.
 
     Every image is seen once, clean (centred, unflipped), so the figures do not depend on the batch
     size but for rounding. An ensemble and its members run once a batch, not once each. Each
-    module's mode is put back afterwards.
+    module's mode is put back afterwards. `training` are the images that a `NearestClassMean` takes
+    its means from.
     """
     modes = {m: m.training for predictor in predictors.values() for m in predictor.modules()}
     for predictor in predictors.values():
         predictor.eval()
     sums: dict[str, Tensor] = {}
     try:
+        for predictor in predictors.values():
+            if isinstance(predictor, NearestClassMean) and training is not None:
+                predictor.fit(training.clean(batch_size, sharded=True))
         for batch in images.clean(batch_size, sharded=True):
             image, label = batch.image, batch.label
             known: dict[nn.Module, Tensor] = {}

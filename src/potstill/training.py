@@ -421,7 +421,7 @@ def _scores(
     predictors = job.method.predictors
     if phase is not None and phase.predictors is not None:
         predictors = phase.predictors
-    return evaluate(predictors(), images, _evaluation_batch(images))
+    return evaluate(predictors(), images, _evaluation_batch(images), job.data.train)
 
 
 def _evaluation_batch(images: datasets.Split) -> int:

@@ -163,6 +163,8 @@ def expected_rows(
 HALF = survival(3, 0.5)
 WITHOUT_TEACHER = {("fsp", "distill"), ("ab", "distill")}
 """Phases whose losses read no teacher."""
+PREPARED = {("refilled", "distill")}
+"""Phases that begin with the whole teacher on all 64 images."""
 
 
 @every_draw
@@ -181,6 +183,8 @@ def test_a_stochastic_teacher_teaches_in_every_method(name: str, draw: str):
             assert ran == (0, 0, 0)
             assert not moment.subnetworks
             continue
+        if (name, moment.phase) in PREPARED and moment.step == 1:
+            ran = tuple(count - 64 for count in ran)
         counters = (0, moment.phase, moment.step - 1, "teacher0")
         assert ran == expected_rows(draw, HALF, counters)
         different.add(ran)

@@ -4,12 +4,14 @@ from potstill.method import Method
 from potstill.methods.ab import AB
 from potstill.methods.afd_attention import AFDAttention
 from potstill.methods.afd_online import AFDOnline
+from potstill.methods.aml import AML
 from potstill.methods.at import AT
 from potstill.methods.crd import CRD
 from potstill.methods.dml import DML
 from potstill.methods.ensemble_kd import EnsembleKD
 from potstill.methods.fitnet import FitNet
 from potstill.methods.fsp import FSP
+from potstill.methods.jacobian import Jacobian
 from potstill.methods.kd import KD
 from potstill.methods.kdsvd import KDSVD
 from potstill.methods.kdsvdf import KDSVDF
@@ -20,6 +22,7 @@ from potstill.methods.mhgd import MHGD
 from potstill.methods.norm import NORM
 from potstill.methods.ofd import OFD
 from potstill.methods.one import ONE
+from potstill.methods.refilled import REFILLED
 from potstill.methods.reviewkd import ReviewKD
 from potstill.methods.rkd import RKD
 from potstill.methods.sakd import SAKD
@@ -55,4 +58,7 @@ METHODS: dict[str, type[Method]] = {
     "l1_kd": L1KD,
     "ensemble_kd": EnsembleKD,
     "afd_online": AFDOnline,
+    "refilled": REFILLED,
+    "aml": AML,
+    "jacobian": Jacobian,
 }

@@ -730,6 +730,11 @@ def test_a_mapping_replaced_as_a_whole_is_noted():
         ("data.classes=[3, 3]", "data.classes names class 3 more than once"),
         ("data.classes=[]", "data.classes is empty; name at least one class, or write null"),
         ("data.mean=[1]", "data sets mean but not std; give both or neither"),
+        ("data.overlap=1.5", "data.overlap must be a number (at least 0, at most 1), or null, not"),
+        (
+            "data={name: cifar100, classes: [1], overlap: 0.2}",
+            "data sets both classes and overlap, which choose the classes; give one",
+        ),
         ("data.std=[0]", "data.std.0 must be a number (above 0), not 0"),
         ("data=5", "data must be a name or a mapping such as {name: ...}, not 5"),
         (

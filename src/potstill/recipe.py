@@ -194,6 +194,8 @@ class Data(Part):
     """Share of the training images that is held out and evaluated in place of the test set."""
     classes: Annotated[list[Annotated[int, Ge(0)]], AfterValidator(_distinct)] | None = None
     """Original ids; null: all."""
+    overlap: Annotated[float, Ge(0), Le(1)] | None = None
+    """In place of classes: half of them, of which this share is in the half that 1.0 stands for."""
     subset: Count | None = None
     """Training images to use; null: all."""
     padding: Annotated[int, Ge(0)] | None = None
@@ -215,6 +217,12 @@ class Data(Part):
             given, missing = ("mean", "std") if self.std is None else ("std", "mean")
             raise _plain(f"sets {given} but not {missing}; give both or neither")
         _same_channels(self.mean or [], self.std or [])
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice_of_classes(self) -> Data:
+        if self.classes is not None and self.overlap is not None:
+            raise _plain("sets both classes and overlap, which choose the classes; give one")
         return self
 
 

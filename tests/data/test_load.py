@@ -34,6 +34,42 @@ def test_a_window_of_classes_renumbers_labels_and_nothing_else():
     assert load("digits", classes=[7, 2]).class_names == ["2", "7"]
 
 
+def test_an_overlap_is_a_window_of_half_the_classes():
+    """Of ten digits five a task: 60 % are 2, 3, 4 of the first one's 0 to 4, and then 5 and 6."""
+    for overlap, classes in ((1.0, [0, 1, 2, 3, 4]), (0.6, [2, 3, 4, 5, 6]), (0, [5, 6, 7, 8, 9])):
+        data, given = load("digits", overlap=overlap), load("digits", classes=classes)
+        for split, same in ((data.train, given.train), (data.test, given.test)):
+            assert split.classes == classes == same.classes
+            assert split.indices.equal(same.indices) and split.labels.equal(same.labels)
+
+
+def test_cifar100s_labels_are_ranks_of_ids_so_a_class_has_another_one_in_another_task(
+    real_cifar100,
+):
+    """Id 31 is 20 in the teacher's task and 6 at 60 %: 4, 7, 14, 15, 19 and 26 are before it."""
+    first, task = (load("cifar100", root=real_cifar100, overlap=r) for r in (1.0, 0.6))
+    assert first.train.classes.index(31) == 20 and task.train.classes.index(31) == 6
+    assert task.train.classes[:6] == [4, 7, 14, 15, 19, 26]
+    assert len(task.train) == 25_000 and len(task.test) == 5_000
+    ids = [torch.tensor(d.train.classes)[d.train.labels] for d in (first, task)]
+    a, b = ((d.train.indices[i == 31]) for d, i in zip((first, task), ids, strict=True))
+    assert len(a) == 500 and a.equal(b)
+
+
+def test_a_split_has_windows_in_the_order_that_is_asked_for():
+    """Class 7 first: its images have label 0, and keep their places in the stored set."""
+    whole = load("digits", classes=[2, 5, 7]).whole_test
+    assert whole.classes == list(range(10)) and whole.labels.equal(load("digits").test.labels)
+    window = whole.window([7, 2])
+    assert window.classes == [7, 2] and window.images is whole.images
+    assert window.indices.tolist() == [
+        i for i, c in enumerate(whole.labels.tolist()) if c in (2, 7)
+    ]
+    assert torch.tensor([7, 2])[window.labels].equal(whole.labels[window.indices])
+    with pytest.raises(DataError, match=r"there is no class 10 among the 10 here"):
+        whole.window([3, 10])
+
+
 def test_an_image_looks_the_same_in_every_task():
     everything, task = load("digits", views=2), load("digits", views=2, classes=[7, 2])
     index = task.train.indices
@@ -81,6 +117,12 @@ def test_every_data_set_is_described(info):
         ("digits", {"subset": 5000}, r"data\.subset is 5000"),
         ("digits", {"validation": 1.5}, r"data\.validation is 1\.5"),
         ("digits", {"classes": [10]}, r"data\.classes has \[10\]"),
+        (
+            "digits",
+            {"classes": [1], "overlap": 1.0},
+            r"^data\.classes and data\.overlap both choose",
+        ),
+        ("digits", {"overlap": 0.5}, r"^data\.overlap is 0\.5, no whole number of the 5 classes"),
         ("digits", {"mean": [0.5] * 3}, r"data\.mean has 3 values"),
     ],
 )

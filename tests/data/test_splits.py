@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from potstill.data.splits import hold_out, subset, task_classes, window
+from potstill.data import DATASETS
+from potstill.data.splits import hold_out, overlapping, subset, task_classes, window
 from potstill.errors import DataError
 
 LABELS = torch.arange(100) % 4  # 25 of each of 4 classes
@@ -82,3 +83,64 @@ def test_classes_of_a_task_are_sorted_ids():
 def test_faults_name_the_key(call, words):
     with pytest.raises(DataError, match=words):
         call()
+
+
+ORDER = DATASETS["cifar100"].order or ()
+
+
+def test_the_order_of_cifar_fs_names_every_class_once_and_begins_with_its_training_part():
+    """64 for meta-training, 16 for validation, 20 for test, each ascending; id 31 is the 21st."""
+    assert sorted(ORDER) == list(range(100))
+    for part in (ORDER[:64], ORDER[64:80], ORDER[80:]):
+        assert list(part) == sorted(part)
+    assert ORDER[64:80] == (4, 7, 14, 15, 19, 26, 27, 32, 40, 47, 48, 55, 71, 73, 87, 89)
+    assert ORDER[49] == 75 and ORDER[20] == 31
+
+
+@pytest.mark.parametrize("shift", [0, 10, 20, 30, 40, 50])
+def test_windows_on_cifar100_share_50_40_30_20_10_and_0_classes(shift):
+    """C' = q[0:50], C = q[s:s + 50], r = (50 - s) / 50."""
+    first, task = overlapping(ORDER, 1.0), overlapping(ORDER, (50 - shift) / 50)
+    assert first == list(ORDER[:50]) and task == list(ORDER[shift : shift + 50])
+    assert len(set(first) & set(task)) == 50 - shift
+    assert shift < 50 or len(set(first) | set(task)) == 100
+
+
+@pytest.mark.parametrize("count, n", [(200, 100), (10, 5), (5, 2), (3, 1), (2, 1)])
+def test_a_task_has_half_of_the_classes_rounded_down(count, n):
+    ids = range(count)
+    assert overlapping(ids, 1.0) == list(range(n))
+    assert overlapping(ids, 0.0) == list(range(n, 2 * n))
+
+
+def test_a_share_need_only_be_a_whole_number_of_classes_to_rounding():
+    """0.1 + 0.2 of 10 is 3.0000000000000004; a third of 3 classes is written as one can."""
+    assert overlapping(range(20), 0.1 + 0.2) == list(range(7, 17))
+    assert overlapping(range(6), 0.3333333) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "count, overlap, message",
+    [
+        (
+            50,
+            0.5,
+            "data.overlap is 0.5, no whole number of the 25 classes of a task; the nearest are "
+            "0.48 and 0.52",
+        ),
+        (
+            6,
+            0.34,
+            "data.overlap is 0.34, no whole number of the 3 classes of a task; the nearest "
+            "are 0.333333 and 0.666667",
+        ),
+        (10, 1.2, "data.overlap is 1.2; give a share from 0 to 1"),
+        (10, -0.2, "data.overlap is -0.2; give a share from 0 to 1"),
+        (10, float("nan"), "data.overlap is nan; give a share from 0 to 1"),
+        (1, 1.0, "data.overlap needs two classes or more, and there are 1"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(count, overlap, message):
+    with pytest.raises(DataError) as caught:
+        overlapping(range(count), overlap)
+    assert str(caught.value) == message

@@ -23,6 +23,18 @@ from potstill.errors import StorageError
 HUB = "uoft-cs/cifar100"
 SIZE = 32
 """Pixels on each side."""
+FEW_SHOT_ORDER = (
+    # meta-training
+    *(0, 1, 3, 6, 9, 10, 11, 12, 13, 16, 17, 18, 20, 22, 23, 24, 25, 28, 29, 30, 31, 33, 35, 36),
+    *(37, 38, 39, 41, 43, 44, 45, 49, 50, 51, 52, 53, 54, 56, 57, 59, 61, 63, 64, 65, 66, 67, 68),
+    *(72, 74, 75, 76, 78, 79, 80, 81, 82, 85, 88, 90, 91, 92, 93, 96, 97),
+    # validation
+    *(4, 7, 14, 15, 19, 26, 27, 32, 40, 47, 48, 55, 71, 73, 87, 89),
+    # test
+    *(2, 5, 8, 21, 34, 42, 46, 58, 60, 62, 69, 70, 77, 83, 84, 86, 94, 95, 98, 99),
+)
+"""Class ids by the parts of CIFAR-FS (Bertinetto et al., ICLR 2019, arXiv:1805.08136), ascending in
+each: the order in which Ye, Lu, Zhan, TPAMI 2022, arXiv:2205.01915, cut their tasks."""
 LOOKED_FOR = (
     "cifar100/train-*.parquet and test-*.parquet, cifar-100-python/{train,test,meta}, or folders "
     "train/<class>/ and test/<class>/ of images"

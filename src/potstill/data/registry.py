@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from potstill.data import splits
 from potstill.data.cache import Decoded
-from potstill.data.cifar100 import cifar100
+from potstill.data.cifar100 import FEW_SHOT_ORDER, cifar100
+from potstill.data.cub200 import cub200
 from potstill.data.digits import MEAN, STD, digits
-from potstill.data.folder import FolderSet, common_size, decoded, listings
+from potstill.data.folder import FolderSet, Listing, common_size, decoded, listings
 from potstill.data.resident import PadMode, Resident
 from potstill.data.split import Data
 from potstill.data.task import Labelled, assemble
@@ -36,6 +38,8 @@ class DatasetInfo:
     """Pixels on each side; only where the set is resident."""
     pad_mode: PadMode
     flip: bool
+    order: Sequence[int] | None = None
+    """Of the class ids, for `data.overlap`; None: ascending."""
 
 
 DATASETS = {
@@ -48,6 +52,7 @@ DATASETS = {
         padding=4,
         pad_mode="zero",
         flip=True,
+        order=FEW_SHOT_ORDER,
     ),
     "tiny-imagenet": DatasetInfo(
         "Tiny-ImageNet: 100,000 training and 10,000 test images (its validation set), 64x64, "
@@ -57,6 +62,16 @@ DATASETS = {
         (0.4802, 0.4481, 0.3975),
         (0.2770, 0.2691, 0.2821),
         padding=8,
+        pad_mode="zero",
+        flip=True,
+    ),
+    "cub200": DatasetInfo(
+        "CUB-200-2011: 5,994 training and 5,794 test images of birds, read at 224x224, 200 classes",
+        None,
+        (3, 224, 224),
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+        padding=0,
         pad_mode="zero",
         flip=True,
     ),
@@ -90,6 +105,7 @@ def load(
     validation: float = 0.0,
     subset: int | None = None,
     classes: Sequence[int] | None = None,
+    overlap: float | None = None,
     views: int | None = None,
     padding: int | None = None,
     pad_mode: PadMode | None = None,
@@ -102,8 +118,10 @@ def load(
 ) -> Data:
     """A named data set; None takes the set's own default (see `DATASETS`).
 
-    `classes` are original ids and make a task of their own, `validation` is the share of the
-    training images of each class that is held out, `subset` how many of the rest are trained on.
+    `classes` are original ids and make a task of their own; or `overlap` does, half of the classes,
+    of which that share is in the half that 1.0 stands for (`splits.overlapping`). `validation` is
+    the share of the training images of each class that is held out, `subset` how many of the rest
+    are trained on.
     `views` gives each image a pool of that many augmentations. `image_size` and `workers` are for
     images that are decoded as they are needed. Raises DataError for settings that do not fit, and
     StorageError for files that are missing or damaged.
@@ -135,35 +153,39 @@ def load(
         settings: Any = scale | (augmented if train else {})
         return Labelled(Resident(found.pixels, device=device, **settings), found.labels)
 
+    def on_demand(found: Listing, train: bool) -> Labelled:
+        if padding is not None or pad_mode is not None:
+            raise DataError(
+                "data.padding and data.pad_mode are for small images of one size; these are "
+                "cropped and resized at random, so leave them out"
+            )
+        images = FolderSet(
+            found.paths,
+            image_size=224 if image_size is None else image_size,
+            flip=info.flip if flip is None else flip,
+            views=views if train else None,
+            workers=workers,
+            device=device,
+            **scale,
+        )
+        return Labelled(images, torch.tensor(found.labels))
+
     sets: dict[str, Labelled]
-    if name == "folder":
-        if place is None:
+    if name in ("folder", "cub200"):
+        if name == "cub200":
+            found, size = cub200(place), None
+        elif place is None:
             raise DataError("data.root is needed with data.name=folder; set it to the folder")
-        found = listings(place)
-        size = common_size([p for part in found.values() for p in part.paths], image_size)
-        names = found["train"].names
-        if size is not None:
-            sets = {k: resident(decoded(v, place), k == "train") for k, v in found.items()}
         else:
-            if padding is not None or pad_mode is not None:
-                raise DataError(
-                    "data.padding and data.pad_mode are for small images of one size; these are "
-                    "cropped and resized at random, so leave them out"
-                )
+            found = listings(place)
+            size = common_size([p for part in found.values() for p in part.paths], image_size)
+        names = found["train"].names
+        if size is None:
+            sets = {part: on_demand(of, part == "train") for part, of in found.items()}
+        else:
             sets = {
-                k: Labelled(
-                    FolderSet(
-                        v.paths,
-                        image_size=224 if image_size is None else image_size,
-                        flip=info.flip if flip is None else flip,
-                        views=views if k == "train" else None,
-                        workers=workers,
-                        device=device,
-                        **scale,
-                    ),
-                    torch.tensor(v.labels),
-                )
-                for k, v in found.items()
+                part: resident(decoded(of, Path(place or "")), part == "train")
+                for part, of in found.items()
             }
     else:
         if name == "digits" and place is not None:
@@ -174,4 +196,8 @@ def load(
             train, test = (cifar100 if name == "cifar100" else tiny_imagenet)(place)
         names = train.names
         sets = {"train": resident(train, True), "test": resident(test, False)}
+    if overlap is not None:
+        if classes is not None:
+            raise DataError("data.classes and data.overlap both choose the classes; give one")
+        classes = splits.overlapping(info.order or range(len(names)), overlap)
     return assemble(name, sets, names, validation=validation, subset=subset, classes=classes)

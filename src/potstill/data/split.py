@@ -7,7 +7,7 @@ the set one task trains or tests on, and yields batches in any order, from any s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,19 @@ class Split:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def window(self, classes: Sequence[int]) -> Split:
+        """The images of some of its classes, original ids, labelled in the order they are given.
+
+        Raises DataError for a class that it does not have.
+        """
+        if unknown := [c for c in classes if c not in self.classes]:
+            raise DataError(f"there is no class {unknown[0]} among the {len(self.classes)} here")
+        label = torch.full((len(self.classes),), -1)
+        label[[self.classes.index(c) for c in classes]] = torch.arange(len(classes))
+        labels = label.to(self.labels.device)[self.labels]
+        kept = labels >= 0
+        return Split(self.images, self.indices[kept], labels[kept], list(classes))
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
@@ -160,6 +173,8 @@ class Data:
     class_names: list[str]
     """Names of the task's classes, in label order."""
     name: str
+    whole_test: Split
+    """The test images of every class of the set; a label is the original id."""
 
 
 def steps(m: int, batch_size: int, drop_last: bool = False) -> int:

@@ -22,6 +22,33 @@ def window(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return wanted[labels].nonzero().flatten()
 
 
+def overlapping(order: Sequence[int], overlap: float) -> list[int]:
+    """The window on a sequence of class ids that shares a part of them with the first window.
+
+    Both are half as long as the sequence, rounded down: n ids. 1.0 is the first window itself, for
+    teachers; 0.0 has none of it. The window starts n (1 - overlap) ids later: Ye, Lu, Zhan, TPAMI
+    2022, arXiv:2205.01915.
+
+    >>> overlapping([7, 3, 5, 1], 0.5)
+    [3, 5]
+
+    Raises DataError outside [0, 1], and where that is no whole number of classes.
+    """
+    n = len(order) // 2
+    if not n:
+        raise DataError(f"data.overlap needs two classes or more, and there are {len(order)}")
+    if not 0 <= overlap <= 1:
+        raise DataError(f"data.overlap is {overlap:g}; give a share from 0 to 1")
+    shared = round(overlap * n)
+    if abs(shared - overlap * n) > 1e-6 * n:
+        low = int(overlap * n)
+        raise DataError(
+            f"data.overlap is {overlap:g}, no whole number of the {n} classes of a task; the "
+            f"nearest are {low / n:.6g} and {(low + 1) / n:.6g}"
+        )
+    return list(order[n - shared : 2 * n - shared])
+
+
 def task_classes(
     classes: Sequence[int] | None, labels: Tensor, names: Sequence[str], test: Tensor
 ) -> list[int]:

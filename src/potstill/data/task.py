@@ -59,6 +59,18 @@ def assemble(
                 "set it to 0 to use the folder"
             )
         held_out = whole(sets["validation"])
+    test = sets["test"]
+    every = Split(
+        test.images,
+        torch.arange(len(test.labels), device=test.images.device),
+        test.labels.to(test.images.device),
+        list(range(len(names))),
+    )
     return Data(
-        split(sets["train"], at), whole(sets["test"]), held_out, [names[c] for c in chosen], name
+        split(sets["train"], at),
+        whole(test),
+        held_out,
+        [names[c] for c in chosen],
+        name,
+        every,
     )

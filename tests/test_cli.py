@@ -451,7 +451,9 @@ def test_a_folder_of_a_models_name_does_not_replace_the_model(potstill: Potstill
 
 
 def test_classes_are_compared_by_name(potstill: Potstill) -> None:
-    """A teacher of as many other classes, or of the same in another order, is refused."""
+    """A teacher of as many other classes, or of the same in another order, is one of another task:
+    refused where logits are compared, and not measured.
+    """
     images_of("one", ["ant", "bee", "cat"])
     images_of("two", ["ant", "cow", "dog"])
     data = ("data={name: folder, root: one, batch_size: 4, mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}",)
@@ -461,8 +463,17 @@ def test_classes_are_compared_by_name(potstill: Potstill) -> None:
     teacher = ("teachers=[t]", *data)
     code, _, errors = potstill("train", "digits/kd", *teacher, "epochs=1", "--out", "s")
     assert code == 0, errors
-    code, _, errors = potstill("train", "digits/kd", *teacher, "data.root=two", "--out", "u")
-    assert code == 2 and "class 1 is 'bee'; in folder it is 'cow'" in errors
+    other = (*teacher, "data.root=two", "epochs=1")
+    code, output, errors = potstill("train", "digits/kd", *other, "--out", "u")
+    assert code == 2 and "KD compares logits class by class, but teacher 0 was" in errors
+    said = (
+        "teachers.0 (resnet8): trained on folder, where class 1 is 'bee'; in folder it is 'cow', "
+        "so none of its classes is taken to be the data's"
+    )
+    assert said in output
+    code, output, errors = potstill("train", "digits/kd", *other, "method=rkd", "--out", "v")
+    assert code == 0 and said in output, errors
+    assert "are not the data's, so its accuracy is not measured" in output
     code, _, errors = potstill("train", *SHORT, "students=[t]")
     assert code == 2
 

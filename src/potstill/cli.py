@@ -211,6 +211,41 @@ def evaluate(
             print(f"{name}: {training.in_words(score)}")
 
 
+class Weighting(StrEnum):
+    """How `potstill cross-task` weighs images."""
+
+    minmax = "minmax"
+    raw = "raw"
+
+
+@app.command("cross-task")
+def cross_task(
+    run: Annotated[str, typer.Argument(help="A finished run's directory, or RUN:student1.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="A run or weights, if not the run's own teacher.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Where the data are.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are weighed together.")] = 256,
+    weighting: Annotated[
+        Weighting, typer.Option(help="By the batch's least and greatest loss, or by each alone.")
+    ] = Weighting.minmax,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let a run's recipe import py:module:factory.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """A student beside a teacher of other classes: accuracies, and whom the teacher knows.
+
+    Nearest class mean, joint accuracy over both tasks' classes, and the instance weights of
+    REFILLED with their histogram and AUC; kept in the run as cross_task.json and
+    instance_weights.csv.
+    """
+    from potstill import cross_task
+
+    found = cross_task.examine(run, teacher, root, batch_size, weighting.value, allow_code)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(cross_task.describe(found)))
+
+
 class Listable(StrEnum):
     """What `potstill list` can list."""
 

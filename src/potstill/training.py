@@ -212,7 +212,10 @@ def build_network(
         report(f"{key} ({name}): trained with {_depth_in_words(trained_as)}")
     net.architecture = name
     if found is not None and found.classes is not None:
-        _require_same_names(found, data, key)
+        if fault := _other_meaning(found, data):
+            if report is not None:
+                report(f"{key} ({name}): {fault}, so none of its classes is taken to be the data's")
+            return net, None
         return net, found.classes
     if net.num_classes != count:
         return net, None
@@ -221,16 +224,18 @@ def build_network(
     return net, split.classes
 
 
-def _require_same_names(found: model_weights.Weights, data: datasets.Data, key: str) -> None:
-    """A class id that both sides know must mean the same class."""
+def _other_meaning(found: model_weights.Weights, data: datasets.Data) -> str:
+    """Where a class id of the weights is another class, or none, in the data set; or ""."""
     theirs = dict(zip(found.classes or (), found.about.get("class_names") or (), strict=False))
-    ours = dict(zip(data.train.classes, data.class_names, strict=True))
-    for number in theirs.keys() & ours.keys():
-        if theirs[number] != ours[number]:
-            raise NetworkError(
-                f"{key} was trained on {found.about.get('data')}, where class {number} is "
-                f"'{theirs[number]}'; in {data.name} it is '{ours[number]}'"
+    ours = dict(enumerate(data.every_name))
+    for number, name in sorted(theirs.items()):
+        if name != ours.get(number):
+            here = f"'{ours[number]}'" if number in ours else "none"
+            return (
+                f"trained on {found.about.get('data')}, where class {number} is '{name}'; in "
+                f"{data.name} it is {here}"
             )
+    return ""
 
 
 def _plan(optimizer: Any) -> OptimizerPlan:
@@ -374,7 +379,8 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> None:
         with _stop_requests() as requested, memory.kept(job.device):
             _train(job, run, watcher, requested)
         # the split that chose nothing: with a validation split the test set is touched here alone
-        tested = None if job.data.validation is None else _scores(job, job.data.test)
+        last = job.training.phases[-1]
+        tested = None if job.data.validation is None else _scores(job, job.data.test, last)
         if main:
             for name, predictor in job.method.predictors().items():
                 run.save_predictor(name, predictor.state_dict(), _about(job, predictor))
@@ -421,10 +427,10 @@ def _scores(
     predictors = job.method.predictors
     if phase is not None and phase.predictors is not None:
         predictors = phase.predictors
-    return evaluate(predictors(), images, _evaluation_batch(images), job.data.train)
+    return evaluate(predictors(), images, evaluation_batch(images), job.data.train)
 
 
-def _evaluation_batch(images: datasets.Split) -> int:
+def evaluation_batch(images: datasets.Split) -> int:
     """As many images as are quick: on a CPU what its caches hold, on a GPU what fills it."""
     cifar_images = 125 if images.labels.device.type == "cpu" else 1000
     return max(16, min(cifar_images, cifar_images * 3 * 32 * 32 // math.prod(images.input_shape)))
@@ -442,9 +448,10 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
                 drawn = _depth_in_words(net.stochastic) if net.depths else "stochastic depth"
                 watcher.say(f"{role} {i}: {drawn}; {_alive(net)}")
     held = f", {len(data.validation):,} validation" if data.validation else ""
-    classes = len(data.train.classes)
+    classes, every = len(data.train.classes), len(data.whole_test.classes)
+    of_all = f" of {every}" if every > classes else ""
     watcher.say(
-        f"data: {data.name}, {classes} classes, {len(data.train):,} training{held}, "
+        f"data: {data.name}, {classes}{of_all} classes, {len(data.train):,} training{held}, "
         f"{len(data.test):,} test"
     )
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
@@ -497,33 +504,41 @@ class _Drawn(nn.Module):
 
 
 def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
-    """Test accuracy of every teacher that knows the student's classes: said before training.
+    """Test accuracy of every teacher whose classes the data set has: said before training.
 
-    A stochastic one is measured at its expected depth, and as it teaches.
+    On the test images of its own classes, where these are not the student's. A stochastic one is
+    measured at its expected depth, and as it teaches.
     """
-    own = list(job.data.train.classes)
-    predictors: dict[str, nn.Module] = {}
-    said: dict[str, str] = {}
+    own, whole = list(job.data.train.classes), job.data.whole_test
+    scores: dict[str, Scores] = {}
     for i, (teacher, classes) in enumerate(
         zip(job.method.teachers, job.method.data.teacher_classes, strict=True)
     ):
-        if classes is not None and list(classes) == own:
-            name = f"teacher {i} ({job.teacher_names[i]})"
-            predictors[f"teacher{i}"] = teacher.predictor()
-            said[f"teacher{i}"] = name
-            if teacher.samples:
-                said[f"teacher{i}"] = f"{name} at its expected depth"
-                predictors[f"teacher{i}_drawn"] = _Drawn(teacher)
-                said[f"teacher{i}_drawn"] = f"{name} as drawn, as it teaches"
-        else:
+        key, name = f"teacher{i}", f"teacher {i} ({job.teacher_names[i]})"
+        if classes is None or not set(classes) <= set(whole.classes):
             watcher.say(
                 f"teacher {i}: keeps the head of its {teacher.num_classes} classes, which are not "
                 "the data's, so its accuracy is not measured"
             )
-    batch = _evaluation_batch(job.data.test)
-    scores = evaluate(predictors, job.data.test, batch) if predictors else {}
-    for key, score in scores.items():
-        watcher.say(f"{said[key]}: {in_words(score)}")
+            continue
+        test, where = job.data.test, ""
+        if list(classes) != own:
+            test = whole.window(classes)
+            where = " of its own classes"
+            watcher.say(
+                f"teacher {i}: keeps the head of its {len(classes)} classes; "
+                f"{len(set(classes) & set(own))} of the data's {len(own)} are among them"
+            )
+        predictors: dict[str, nn.Module] = {key: teacher.predictor()}
+        said = {key: name}
+        if teacher.samples:
+            said[key] = f"{name} at its expected depth"
+            predictors[f"{key}_drawn"] = _Drawn(teacher)
+            said[f"{key}_drawn"] = f"{name} as drawn, as it teaches"
+        found = evaluate(predictors, test, evaluation_batch(test))
+        for k, score in found.items():
+            watcher.say(f"{said[k]}: {in_words(score)}{where}")
+        scores |= found
     return scores
 
 
@@ -591,6 +606,7 @@ def _result(
     if tested is not None:
         last = {name: score._asdict() for name, score in tested.items()}
     final = [r for r in metrics if r["phase"] == metrics[-1]["phase"]]
+    earlier = {r["phase"]: r for r in metrics if r["scores"] and r not in final}  # each one's last
     best = {}
     for name in predictors:
         record = max(
@@ -606,6 +622,10 @@ def _result(
     return {
         "scores": last,
         "best_epoch": best,
+        "earlier": {
+            name: {"scores": r["scores"], "epoch": r["epoch"], "split": r["split"]}
+            for name, r in earlier.items()
+        },
         "teachers": {name: score._asdict() for name, score in teachers.items()},
         "stochastic": {
             name: dict(net.stochastic)
@@ -709,7 +729,7 @@ def evaluate_run(
         for name, found in weights.items():
             predictors[name].load_state_dict(dict(found.tensors))
     predictors = {name: p.to(device) for name, p in predictors.items()}
-    return evaluate(predictors, test, _evaluation_batch(test))
+    return evaluate(predictors, test, evaluation_batch(test))
 
 
 def evaluate_weights(
@@ -742,7 +762,7 @@ def evaluate_weights(
     size = shape[1] if shape is not None else None
     test = datasets.load(dataset, root=root, image_size=size, device=device).test
     predictor = _trained(name, found, test, report).to(device)
-    return evaluate({name: predictor}, test, _evaluation_batch(test))
+    return evaluate({name: predictor}, test, evaluation_batch(test))
 
 
 def _trained(

@@ -73,4 +73,5 @@ def assemble(
         [names[c] for c in chosen],
         name,
         every,
+        list(names),
     )

@@ -1,0 +1,326 @@
+"""What a student is worth beside a teacher of other classes: measures of a finished run.
+
+Ye, Lu, Zhan, Generalized Knowledge Distillation via Relationship Matching, TPAMI 2022,
+arXiv:2205.01915, and its supplement.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from potstill import files
+from potstill import training as trainings
+from potstill.data import Data, Split
+from potstill.errors import PotstillError
+from potstill.evaluate import NearestClassMean, evaluate
+from potstill.losses import soft_kl
+from potstill.methods.refilled import Weighting, instance_weights
+from potstill.models import weights as model_weights
+from potstill.net import Net
+from potstill.recipe import Network, loads
+from potstill.run import Run
+from potstill.seeds import seed_of
+
+BINS = 20
+RESULT, WEIGHTS = "cross_task.json", "instance_weights.csv"
+
+
+class Joint(NamedTuple):
+    """Accuracy over the classes of both tasks, in percent."""
+
+    teacher_classes: float
+    """Of the test images of the teacher's classes; likewise the student's."""
+    student_classes: float
+
+    @property
+    def harmonic_mean(self) -> float:
+        """Of the two, which a model that knows one task alone does not reach."""
+        return harmonic_mean(self.teacher_classes, self.student_classes)
+
+
+class Weighed(NamedTuple):
+    """Instance weights of a set of images, in index order."""
+
+    weights: Tensor
+    """(n,) see `potstill.methods.refilled.instance_weights`."""
+    seen: Tensor
+    """(n,) bool, whether an image's class is one of the teacher's."""
+
+    @property
+    def auc(self) -> float | None:
+        """Chance that a seen image has the larger weight of two; None where all or none are seen.
+
+        P(seen > unseen) + P(equal) / 2.
+        """
+        from sklearn.metrics import roc_auc_score
+
+        if self.seen.all() or not self.seen.any():
+            return None
+        return float(roc_auc_score(self.seen.numpy(), self.weights.double().numpy()))
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """2 a b / (a + b); 0 where both are 0.
+
+    >>> round(harmonic_mean(0.6, 0.2), 12)
+    0.3
+    """
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+@torch.no_grad()
+def weigh(
+    teacher: Net,
+    images: Split,
+    teacher_classes: Sequence[int] | None,
+    batch_size: int = 256,
+    weighting: Weighting = "minmax",
+) -> Weighed:
+    """The instance weights of every image, clean, in shuffled batches as a training has them.
+
+    With "minmax" a weight depends on the other images of its batch; the shuffle is always the same.
+    """
+    fixed = torch.Generator().manual_seed(seed_of("instance weights"))
+    order = torch.randperm(len(images), generator=fixed)
+    found = [
+        instance_weights(teacher.logits(batch.image), weighting)
+        for batch in images.clean(batch_size, positions=order)
+    ]
+    weights = torch.empty(len(images))
+    weights[order] = torch.cat(found).cpu()
+    known = set(teacher_classes or ())
+    of_class = torch.tensor([c in known for c in images.classes])
+    return Weighed(weights, of_class[images.labels.cpu()])
+
+
+def fit_head(vectors: Tensor, target: Tensor, temperature: float = 4.0) -> nn.Linear:
+    """A linear layer whose softened predictions are nearest a teacher's. (n, D), (n, K) -> D -> K
+
+    From zeros to the least KL(teacher || layer at the temperature), a convex problem, by L-BFGS.
+    """
+    head = nn.Linear(vectors.shape[1], target.shape[1], device=vectors.device)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = soft_kl(head(vectors), target, temperature)
+        torch.autograd.backward(value)
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return head.requires_grad_(False)
+
+
+def union_logits(
+    own: Tensor, classes: Sequence[int], second: Tensor, teacher_classes: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """Logits of the classes of both heads, and their ids, ascending. (B, K), (B, K') -> (B, U)
+
+    A class of both has the larger of its two logits.
+    """
+    union = sorted({*classes, *teacher_classes})
+    place = {c: i for i, c in enumerate(union)}
+    joined = own.new_full((len(own), len(union)), -torch.inf)
+    for logits, ids in ((own, classes), (second, teacher_classes)):
+        at = [place[c] for c in ids]
+        joined[:, at] = torch.maximum(joined[:, at], logits)
+    return joined, union
+
+
+@torch.no_grad()
+def joint_accuracy(
+    student: Net, teacher: Net, data: Data, teacher_classes: Sequence[int], batch_size: int = 500
+) -> Joint:
+    """Accuracy over the union of both tasks' classes, of a student with a second head.
+
+    Our own construction, as none is published: the student's head for its classes, and `fit_head`
+    on its vectors of its own training images for the teacher's; none of the teacher's images are
+    needed. See `union_logits`.
+    """
+
+    vectors, targets = [], []
+    for batch in data.train.clean(batch_size):
+        vectors.append(student.capture(batch.image)["embed"].flatten(1))
+        targets.append(teacher.logits(batch.image))
+    head = fit_head(torch.cat(vectors), torch.cat(targets))
+    classes, shares = data.train.classes, []
+    for task in (teacher_classes, classes):
+        right = total = 0
+        for batch in data.whole_test.window(task).clean(batch_size):
+            captured = student.capture(batch.image)
+            second = head(captured["embed"].flatten(1))
+            logits, union = union_logits(captured.logits, classes, second, teacher_classes)
+            ids = torch.tensor(union, device=logits.device)[logits.argmax(dim=1)]
+            right += int((ids == torch.tensor(task, device=ids.device)[batch.label]).sum())
+            total += len(ids)
+        shares.append(100 * right / total)
+    return Joint(*shares)
+
+
+def examine(
+    run_source: str,
+    teacher_source: str | None = None,
+    root: Path | None = None,
+    batch_size: int = 256,
+    weighting: Weighting = "minmax",
+    allow_code: bool = False,
+) -> dict[str, Any]:
+    """Every measure of a run's student, and of its teacher or another one; see `describe`.
+
+    Written into the run as cross_task.json, and each training image's weight as
+    instance_weights.csv. `run_source` is RUN, or RUN:student1 where a run has several.
+    """
+    folder = Path(run_source)
+    if not folder.is_dir():
+        folder = Path(run_source.rpartition(":")[0] or run_source)
+    run = Run.open(folder)
+    if run.result is None:
+        raise PotstillError(f"{folder} has not finished; continue it with --resume")
+    recipe = loads(run.recipe, source=str(folder / "recipe.yaml"), allow_code=allow_code)
+    if root is not None:
+        settings = recipe.data.model_copy(update={"root": str(root)})
+        recipe = recipe.model_copy(update={"data": settings})
+    data = trainings.load_data(recipe, trainings.choose_device("auto"))
+    device = data.train.labels.device
+    student, _ = trainings.build_network(Network(name=run_source), data, "students.0")
+    student.to(device).eval()
+    scores = evaluate(
+        {"accuracy": student.predictor(), "ncm": NearestClassMean(student, len(data.class_names))},
+        data.test,
+        trainings.evaluation_batch(data.test),
+        data.train,
+    )
+    found: dict[str, Any] = {
+        "run": run_source,
+        "data": recipe.data.name,
+        "classes": list(data.train.classes),
+        **{name: score._asdict() for name, score in scores.items()},
+    }
+    if teacher_source is None and len(recipe.teachers) > 1:
+        raise PotstillError(
+            f"{folder} has {len(recipe.teachers)} teachers; name one with --teacher"
+        )
+    if teacher_source is not None:
+        known = model_weights.require_architecture(
+            model_weights.read(teacher_source), "give a run of Potstill's"
+        )
+        network = Network(name=known, weights=teacher_source)
+    elif recipe.teachers:
+        (network,) = recipe.teachers
+    else:
+        return _kept(run, found, None, data)
+    teacher, classes = trainings.build_network(network, data, "teachers.0")
+    teacher.to(device).eval()
+    if classes is not None and not set(classes) <= set(data.whole_test.classes):
+        classes = None
+    found["teacher"] = {
+        "source": teacher_source or network.weights or network.name,
+        "classes": None if classes is None else list(classes),
+    }
+    if classes is not None:
+        shared = set(classes) & set(data.train.classes)
+        own = data.whole_test.window(classes)
+        theirs = evaluate({"accuracy": teacher.predictor()}, own, trainings.evaluation_batch(own))
+        joint = joint_accuracy(student, teacher, data, classes)
+        found["teacher"] |= {"shared": len(shared), "accuracy": theirs["accuracy"]._asdict()}
+        found["joint"] = {**joint._asdict(), "harmonic_mean": joint.harmonic_mean}
+    train, test = (
+        weigh(teacher, split, classes, batch_size, weighting) for split in (data.train, data.test)
+    )
+    found["weights"] = {
+        "weighting": weighting,
+        "batch_size": batch_size,
+        "auc": train.auc if classes is not None else None,
+        "test_auc": test.auc if classes is not None else None,
+        **_histogram(train),
+    }
+    return _kept(run, found, train, data)
+
+
+def _histogram(weighed: Weighed) -> dict[str, Any]:
+    """Images by weight in `BINS` equal parts from the least weight that there is to 1."""
+    low = min(float(weighed.weights.min()), 0.5)
+    edges = torch.linspace(low, 1.0, BINS + 1)
+    parts = {"seen": weighed.weights[weighed.seen], "unseen": weighed.weights[~weighed.seen]}
+    return {
+        "edges": edges.tolist(),
+        **{k: torch.histc(x, BINS, low, 1.0).int().tolist() for k, x in parts.items()},
+    }
+
+
+def _kept(run: Run, found: dict[str, Any], weighed: Weighed | None, data: Data) -> dict[str, Any]:
+    assert run.directory is not None
+    files.write_json(run.directory / RESULT, found)
+    if weighed is not None:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["index", "class", "seen", "weight"])
+        ids = [data.train.classes[label] for label in data.train.labels.tolist()]
+        for index, c, seen, weight in zip(
+            data.train.indices.tolist(),
+            ids,
+            weighed.seen.tolist(),
+            weighed.weights.tolist(),
+            strict=True,
+        ):
+            rows.writerow([index, c, int(seen), f"{weight:.6f}"])
+        (run.directory / WEIGHTS).write_text(text.getvalue())
+    return found
+
+
+def describe(found: Mapping[str, Any]) -> list[str]:
+    """The measures for a person, a line each, and the weights' histogram."""
+    lines = [
+        f"accuracy: {found['accuracy']['top1']:.2f} % of {found['accuracy']['images']:,} test "
+        f"images, {len(found['classes'])} classes of {found['data']}",
+        f"nearest class mean: {found['ncm']['top1']:.2f} %",
+    ]
+    teacher = found.get("teacher")
+    if teacher is None:
+        return [*lines, "no teacher: --teacher WEIGHTS for joint accuracy and instance weights"]
+    if teacher["classes"] is None:
+        lines.append(f"teacher {teacher['source']}: its classes are none of the data's")
+    else:
+        joint = found["joint"]
+        lines += [
+            f"teacher {teacher['source']}: {teacher['accuracy']['top1']:.2f} % of its own "
+            f"{len(teacher['classes'])} classes, of which the student has {teacher['shared']}",
+            f"joint accuracy (our construction): {joint['teacher_classes']:.2f} % of the teacher's "
+            f"classes, {joint['student_classes']:.2f} % of the student's, harmonic mean "
+            f"{joint['harmonic_mean']:.2f} %",
+        ]
+    weights = found["weights"]
+    auc = (
+        "all or none of the classes are the teacher's, so there is no AUC"
+        if weights["auc"] is None
+        else f"AUC of the classes seen by the teacher {weights['auc']:.3f} (test images "
+        f"{weights['test_auc']:.3f})"
+    )
+    lines.append(
+        f"instance weights of {sum(weights['seen']) + sum(weights['unseen']):,} training images "
+        f"({weights['weighting']}, batches of {weights['batch_size']}): {auc}"
+    )
+    return lines + _bars(weights)
+
+
+def _bars(weights: Mapping[str, Any], width: int = 24) -> list[str]:
+    """Two histograms side by side, each in shares of its own images."""
+    shares = {k: [n / max(sum(weights[k]), 1) for n in weights[k]] for k in ("seen", "unseen")}
+    tallest = max(*shares["seen"], *shares["unseen"])
+    lines = [f"  {'weight':<13}{'seen':<{width + 7}}unseen"]
+    for i, (low, high) in enumerate(zip(weights["edges"], weights["edges"][1:], strict=False)):
+        cells = []
+        for k in ("seen", "unseen"):
+            share = shares[k][i]
+            cells.append(f"{100 * share:4.1f} % {'█' * round(width * share / tallest):<{width}}")
+        lines.append(f"  {low:.3f}-{high:.3f}  {' '.join(cells)}".rstrip())
+    return lines

@@ -57,7 +57,7 @@ def test_every_potstill_command_is_understood(tmp_path: Path) -> None:
         if words[1] == "train":
             overrides = [w.replace("RUN", str(weights)) for w in words[3:] if "=" in w]
             recipe.load(words[2], overrides)
-    assert seen == {"demo", "train", "eval", "list", "schema", "show"}
+    assert seen == {"demo", "train", "eval", "cross-task", "list", "schema", "show"}
 
 
 def run_potstill(*words: str) -> str:

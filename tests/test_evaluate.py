@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from potstill.batchnorm import batch_statistics
-from potstill.evaluate import Ensemble, Scores, evaluate
+from potstill.evaluate import Ensemble, NearestClassMean, Scores, class_means, evaluate
 from potstill.method import Batch
+from potstill.net import Net
+from potstill.stochastic_depth import stochastic
 from tests.toys import ToyImages, toy_net
 
 
@@ -278,3 +280,226 @@ def test_predictors_that_run_one_network_in_different_ways_score_as_each_alone()
     expected = separately(predictors, ToyImages(16))
     assert expected["running"] != expected["batch"]
     assert evaluate(predictors, ToyImages(16)) == expected
+
+
+# --- the nearest class mean
+
+
+class Vectors(Known):
+    """Vectors as images of one pixel, so that a network can be their identity. (n, D), n labels"""
+
+    def __init__(self, vectors: Any, label: list[int]) -> None:
+        self.logits, self.label = torch.as_tensor(vectors)[:, :, None, None], torch.tensor(label)
+        self.asked: list[tuple[int, bool]] = []
+
+    def clean(self, batch_size: int, sharded: bool = False) -> Iterator[Batch]:
+        self.asked.append((batch_size, sharded))
+        return super().clean(batch_size)
+
+
+def identity(size: int = 2, classes: int = 2) -> Net:
+    """Its "embed" is the image."""
+    return Net(nn.Sequential(nn.Flatten(), nn.Linear(size, classes)), {}, (size, 1, 1))
+
+
+def test_class_means_by_hand():
+    """(10, 0) and (0, 1): the mean (5, .5) has the direction (10, 1) / sqrt 101 = (.9950, .0995).
+    Unit vectors would have their mean at (.7071, .7071).
+    """
+    vectors = torch.tensor([[10.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 2.0]])
+    found = class_means([(vectors, torch.tensor([0, 0, 1, 1]))], 2)
+    expected = torch.tensor([[0.9950, 0.0995], [0.0, 1.0]])
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+def test_the_nearest_class_mean_by_hand():
+    """(1, 1.5): inner products 1.144 and 1.5, class 1; with means of unit vectors 1.768, class 0.
+    (3, 2): 3.184 and 2, softmax loss ln(1 + exp(-1.184)).
+    """
+    training = Vectors([[10.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 2.0]], [0, 0, 1, 1])
+    images = Vectors([[1.0, 1.5], [3.0, 2.0]], [1, 0])
+    ncm = NearestClassMean(identity(), 2)
+    found = evaluate({"ncm": ncm}, images, training=training)["ncm"]
+    assert (found.top1, found.images) == (100.0, 2)
+    root = math.sqrt(101)
+    gaps = [1.5 - 11.5 / root, 32 / root - 2]
+    assert found.loss == pytest.approx(sum(math.log1p(math.exp(-g)) for g in gaps) / 2, rel=1e-5)
+    products = torch.tensor([[11.5 / root, 1.5], [32 / root, 2.0]])
+    torch.testing.assert_close(ncm(images.logits), products)
+
+
+def test_the_nearest_means_are_of_the_training_images():
+    """Which have other labels than the evaluated ones: all are wrong, where means of the latter
+    would make all right.
+    """
+    training = Vectors([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]], [0, 0, 1])
+    images = Vectors([[0.0, 3.0], [0.0, 1.0], [4.0, 0.0]], [0, 0, 1])
+    ncm = NearestClassMean(identity(), 2)
+    assert evaluate({"ncm": ncm}, images, training=training)["ncm"].top1 == 0
+    assert torch.equal(ncm.means, torch.eye(2))
+    assert evaluate({"ncm": ncm}, images, training=images)["ncm"].top1 == 100
+
+
+def test_the_training_images_are_read_once_by_each_that_needs_them():
+    """Every rank reads its share of them, in batches like those it is evaluated on."""
+    training, images = (Vectors([[1.0, 0.0], [0.0, 1.0]], [0, 1]) for _ in range(2))
+    predictors = {"ncm": NearestClassMean(identity(), 2), "student": identity().predictor()}
+    scores = evaluate(predictors, images, batch_size=7, training=training)
+    assert list(scores) == ["ncm", "student"] and scores["ncm"].top1 == 100
+    assert training.asked == images.asked == [(7, True)]
+    evaluate({"student": predictors["student"]}, images, training=training)
+    assert training.asked == [(7, True)]
+
+
+def test_means_are_found_anew_at_every_evaluation():
+    """Those of a network that has changed in between; without training images they stay."""
+    layer = nn.Linear(2, 2, bias=False)
+    net = Net(nn.Sequential(nn.Flatten(), layer, nn.Linear(2, 2)), {}, (2, 1, 1))
+    images, ncm = Vectors([[1.0, 0.0], [0.0, 1.0]], [0, 1]), NearestClassMean(net, 2)
+    for weight in (torch.eye(2), torch.tensor([[0.0, 1.0], [2.0, 0.0]])):
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        evaluate({"ncm": ncm}, images, training=images)
+        assert torch.equal(ncm.means, nn.functional.normalize(weight.mT))
+    evaluate({"ncm": ncm}, images)
+    assert torch.equal(ncm.means, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+def test_means_that_were_never_found_are_missed():
+    ncm, images = NearestClassMean(identity(), 2), Vectors([[1.0, 0.0]], [0])
+    with pytest.raises(AssertionError, match=r"fit\(\) finds the means first"):
+        evaluate({"ncm": ncm}, images)
+
+
+def test_a_class_without_a_mean_scores_zero():
+    """No image, or images that cancel; nothing is NaN, and classes after it keep their place."""
+    label = torch.tensor([0, 0, 3])
+    found = class_means([(torch.tensor([[1.0, 2.0], [-1.0, -2.0], [0.0, 5.0]]), label)], 5)
+    assert torch.equal(found, torch.tensor([[0.0, 0.0]] * 3 + [[0.0, 1.0], [0.0, 0.0]]))
+    images = Vectors([[1.0, 0.0], [-1.0, 0.0]], [0, 1])
+    ncm = NearestClassMean(identity(), 3)
+    evaluate({"ncm": ncm}, images, training=Vectors([[3.0, 0.0]], [2]))
+    assert torch.equal(ncm(images.logits), torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]]))
+
+
+def test_class_means_are_summed_in_double_over_batches():
+    """1e8 and 1 and -1e8 in three batches: in float32 the 1 would be lost."""
+    rows = torch.tensor([[1e8, 0.0], [1.0, 1.0], [-1e8, 0.0]])
+    zero = torch.zeros(1, dtype=torch.int64)
+    found = class_means([(row[None], zero) for row in rows], 1)
+    torch.testing.assert_close(found, torch.full((1, 2), math.sqrt(0.5)))
+    assert found.dtype == torch.float32
+    assert class_means([(rows.double(), zero.repeat(3))], 1).dtype == torch.float64
+
+
+def test_class_means_of_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"^there are no vectors$"):
+        class_means([], 3)
+
+
+def by_hand(net: Net, images: ToyImages, training: ToyImages, tap: str) -> float:
+    """Percent right: one image at a time, of a network in eval mode."""
+    net.eval()
+    with torch.no_grad():
+        known, asked = (net.capture(x.image)[tap].flatten(1) for x in (training, images))
+    means = [known[training.label == c].mean(0) for c in range(4)]
+    means = [m / m.norm() for m in means]
+    best = [max(range(4), key=lambda c, x=x: (x @ means[c]).item()) for x in asked]
+    right = sum(b == y for b, y in zip(best, images.label.tolist(), strict=True))
+    return 100 * right / len(best)
+
+
+@pytest.mark.parametrize("tap", ["embed", "stage2"])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_nearest_class_mean_of_a_network(tap: str, batch_size: int):
+    """BatchNorm uses its averages, in whatever batches; a map is flattened."""
+    net, training, images = toy_net(), ToyImages(50, noise=4.0), ToyImages(30, noise=4.0)
+    for _ in range(20):
+        net(training.image)  # averages that are unlike those of a batch of one
+    ncm = NearestClassMean(net, 4, tap)
+    found = evaluate({"ncm": ncm}, images, batch_size, training)["ncm"]
+    assert all(m.training for m in ncm.modules())
+    expected = by_hand(net, images, training, tap)
+    assert found.top1 == pytest.approx(expected) and 30 < expected < 100
+
+
+def test_modes_and_flags_are_put_back_after_a_nearest_class_mean():
+    """Gradients are on again and reach the network, frozen parts stay frozen."""
+    net = toy_net()
+    net.module.bn1.eval()
+    net.module.conv1.requires_grad_(False)
+    ncm = NearestClassMean(net, 4)
+    modes = [m.training for m in ncm.modules()]
+    flags = [p.requires_grad for p in ncm.parameters()]
+    buffers = [b.clone() for b in net.buffers()]
+    evaluate({"ncm": ncm}, ToyImages(8), training=ToyImages(16))
+    assert [m.training for m in ncm.modules()] == modes
+    assert [p.requires_grad for p in ncm.parameters()] == flags
+    assert all(torch.equal(a, b) for a, b in zip(buffers, net.buffers(), strict=True))
+    assert torch.is_grad_enabled() and not ncm.means.requires_grad
+    net(ToyImages(8).image).logits.sum().backward()
+    assert net.module.layer1[0].conv1.weight.grad.abs().sum() > 0
+
+
+def test_modes_are_put_back_where_means_cannot_be_found():
+    """Images of another size fail while the means are being found."""
+    net = toy_net()
+    ncm = NearestClassMean(net, 4)
+    with pytest.raises(RuntimeError):
+        evaluate({"ncm": ncm}, ToyImages(8), training=Vectors([[1.0, 0.0]], [0]))
+    assert all(m.training for m in ncm.modules())
+
+
+@pytest.mark.parametrize("draw", ["batch", "image"])
+def test_the_nearest_class_mean_of_a_stochastic_network_is_of_the_whole(draw: Any):
+    """At its expected depth both for the means and for what is compared; nothing is drawn."""
+    net, training, images = stochastic(toy_net(), 0.3, draw=draw), ToyImages(48), ToyImages(32)
+    ncm, random = NearestClassMean(net, 4), torch.random.get_rng_state()
+    found = evaluate({"ncm": ncm}, images, training=training)["ncm"]
+    assert torch.equal(torch.random.get_rng_state(), random) and not net.sampled
+    assert found == evaluate({"ncm": ncm}, images, training=training)["ncm"]
+    assert found.top1 == pytest.approx(by_hand(net, images, training, "embed"))
+    with torch.no_grad():
+        vectors = net.capture(training.image)["embed"]
+        drawn = net(training.image)["embed"]
+    torch.testing.assert_close(ncm.means, class_means([(vectors, training.label)], 4))
+    assert (ncm.means - class_means([(drawn, training.label)], 4)).abs().max() > 1e-3
+
+
+def test_means_and_what_is_compared_are_in_float32():
+    """Whatever the training is autocast to."""
+    net, images = toy_net(), ToyImages(16)
+    expected = evaluate({"ncm": (ncm := NearestClassMean(net, 4))}, images, training=images)
+    means = ncm.means.clone()
+    net.precision = torch.bfloat16
+    assert evaluate({"ncm": ncm}, images, training=images) == expected
+    assert torch.equal(ncm.means, means) and means.dtype == torch.float32
+
+
+def test_a_share_without_images_is_not_run():
+    """As of a rank when the last batch is short: a network may be unable to take none."""
+
+    class Flat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(len(x), -1)
+
+    class Short(Vectors):
+        def clean(self, batch_size: int, sharded: bool = False) -> Iterator[Batch]:
+            none = torch.zeros(0, dtype=torch.int64)
+            yield from super().clean(batch_size)
+            yield Batch(self.logits[:0], none, none, none)
+
+    net = Net(nn.Sequential(Flat(), nn.Linear(2, 2)), {}, (2, 1, 1))
+    images = Short([[1.0, 0.0], [0.0, 1.0]], [0, 1])
+    with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+        net(images.logits[:0])
+    found = evaluate({"ncm": NearestClassMean(net, 2)}, images, training=images)["ncm"]
+    assert (found.top1, found.images) == (100.0, 2)
+
+
+def test_means_are_not_saved_with_the_network():
+    ncm = NearestClassMean(toy_net(), 4)
+    before = set(ncm.state_dict())
+    evaluate({"ncm": ncm}, ToyImages(8), training=ToyImages(8))
+    assert set(ncm.state_dict()) == before
+    assert "means" not in before and "means" in dict(ncm.named_buffers())

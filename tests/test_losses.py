@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from potstill.losses import attention_map, attention_map_distance, meet, soft_kl
+from potstill.losses import attention_map, attention_map_distance, meet, soft_kl, unit
 
 close = torch.testing.assert_close
 
@@ -265,3 +265,22 @@ def test_half_precision_activations_do_not_overflow(dtype: torch.dtype):
 def test_float64_stays_float64():
     assert attention_map(S.double()).dtype == torch.float64
     close(attention_map_distance(S.double(), T.double()).item(), 0.044158, atol=1e-6, rtol=0)
+
+
+def test_a_vector_without_a_direction_stays_as_it_is_and_so_does_its_gradient():
+    """3, 4 has length 5; of (1, 0) times the upstream gradient, what is across it is left, / 5.
+
+    d (x / |x|)_1 = (1 - .36, -.48) / 5. At zero, and below 1e-12, the slope is 1, not 1e12.
+    """
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3e-13, 4e-13]], requires_grad=True)
+    found = unit(x)
+    expected = torch.tensor([[0.0, 0.0], [0.6, 0.8], [3e-13, 4e-13]])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(found[:, 0].sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 0.0], [0.128, -0.096], [1.0, 0.0]]))
+
+
+def test_unit_vectors_of_any_rank_and_in_half_precision():
+    x = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])
+    assert unit(x).shape == (2, 1, 2) and unit(x.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(unit(x)[:, 0], torch.tensor([[0.6, 0.8], [0.0, 1.0]]))

@@ -55,7 +55,8 @@ def class_means(vectors: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tenso
     """Mean vector of each class, then of unit length. pairs of (B, D), (B,) -> (K, D)
 
     The vectors are averaged as they are: the mean of unit vectors would be another direction. Over
-    all ranks, each with its share. A class whose mean is zero, or that has no vector, is zero.
+    all ranks, each with its share, or with the same vectors. A class whose mean is zero, or that
+    has no vector, is zero.
     """
     sums: Tensor | None = None
     for x, label in vectors:

@@ -319,7 +319,7 @@ class Recipe(Part):
     an override makes of them."""
     seed: Annotated[int, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the device has it."""
+    """auto: bf16 where the device has it, unless the method differentiates images."""
     compile: bool = False
     channels_last: bool = True
     evaluate_every: Count = 1

@@ -167,7 +167,9 @@ def put_together(
         phase_epochs(published, recipe.schedule_epochs, "schedule_epochs"),
         {key: _plan(o) for key, o in recipe.optimizers.items()},
         recipe.seed,
-        choose_precision(recipe.precision, device),
+        None
+        if recipe.precision == "auto" and method.needs_input_gradient  # bf16 turns these
+        else choose_precision(recipe.precision, device),
     )
     return Assembled(
         engine.Training(method, data.train, pace),

@@ -5,7 +5,7 @@ KL everywhere: sum over classes, mean over the batch, times temperature squared.
 
 from potstill.losses.alignment import meet
 from potstill.losses.attention import attention_map, attention_map_distance
-from potstill.losses.distance import pairwise_distance
+from potstill.losses.distance import pairwise_distance, unit
 from potstill.losses.logits import soft_kl
 from potstill.losses.singular import aligned, right_singular_vectors, upright
 
@@ -17,5 +17,6 @@ __all__ = [
     "pairwise_distance",
     "right_singular_vectors",
     "soft_kl",
+    "unit",
     "upright",
 ]

@@ -1,4 +1,4 @@
-"""Distances among the images of a batch."""
+"""Directions of vectors, and distances among the images of a batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 from potstill.net import in_full
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors scaled to unit length. (..., D) -> (..., D), at least float32
+
+    One shorter than 1e-12 has no direction and stays as it is, and so does its gradient, which a
+    division by a bound would make 1e12 times larger.
+    """
+    x = in_full(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > 1e-12, length, 1.0)
 
 
 def pairwise_distance(x: Tensor) -> Tensor:

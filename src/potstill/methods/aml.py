@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from potstill import distributed
 from potstill.errors import MethodError
+from potstill.losses import unit
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
-from potstill.methods.kd import require_supervision
 from potstill.net import Net
 from potstill.pairing import feature_shape
 
@@ -86,6 +86,7 @@ class AML(Method):
         for name, value, fits, allowed in (
             ("form", form, form in forms, f"one of {', '.join(forms)}"),
             ("margin", margin, margin is None or margin > 0, "a number above 0, or None"),
+            ("gamma", gamma, gamma > 0, "a number above 0: nothing else trains the classifier"),
             ("tau", tau, tau > 0, "a number above 0"),
             ("negatives", negatives, negatives >= 1, "1 or more"),
         ):
@@ -95,7 +96,6 @@ class AML(Method):
             raise MethodError(
                 f"AML: form '{form}' has no margin, and margin is {margin}; leave it out"
             )
-        require_supervision(self, gamma, 0.0)
         self.beta, self.gamma, self.form, self.tau = beta, gamma, form, tau
         self.margin = MARGINS.get(form, 0.0) if margin is None else margin
         self.negatives, self.tap, self.teacher_tap = negatives, tap, teacher_tap
@@ -110,8 +110,8 @@ class AML(Method):
     ) -> Embedded:
         """Run both networks, map the student's vectors, and draw a positive for each image."""
         student, (teacher,) = self.student(batch.image), (teachers := self.teach(batch))
-        own = F.normalize(self.embed(student[self.tap].flatten(1)), dim=1)
-        other = F.normalize(teacher[self.teacher_tap].flatten(1), dim=1)
+        own = unit(self.embed(student[self.tap].flatten(1)))
+        other = unit(teacher[self.teacher_tap].flatten(1))
         label = distributed.gather(batch.label)
         return Embedded(
             batch,

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill import distributed
 from potstill.errors import MethodError
+from potstill.losses import unit
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
@@ -201,12 +202,6 @@ class CRD(Method):
                 "distill", [Turn(self.__call__, [update], self.remember)], self.lengths["distill"]
             )
         ]
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors scaled to unit length; a zero vector stays zero, with a finite gradient."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length > 0, length, 1.0)
 
 
 def last_equal(x: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.errors import MethodError
-from potstill.losses import attention_map, meet
+from potstill.losses import attention_map, meet, unit
 from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
 from potstill.methods.kd import require_same_classes, require_supervision, supervision
-from potstill.net import Captured, Net, in_full
+from potstill.net import Captured, Net
 from potstill.pairing import stage_pairs
 
 
@@ -36,9 +35,9 @@ class Jacobian(Method):
     A Jacobian J is the gradient of one number an image with respect to its pixels, of unit length:
     see `jacobian_distance`; a mean over images. Forms:
 
-    logits     J of the logit of one class, the label's (`of` "label", as in the public code the
-               published rows seem to go back to) or the teacher's top one ("teacher"). The
-               activation term is KD at `temperature`. Needs the same classes on both sides.
+    logits     J of the logit of one class, the label's (`of` "label", as in public code) or the
+               teacher's top one ("teacher"). The activation term is KD at `temperature`. Needs the
+               same classes on both sides.
     attention  at each stage the attention map, mean over channels of squares, at the teacher's
                largest pixel; the activation term is the squared distance of the maps, of unit
                length. For any two networks. The paper's windows of pooling are not known: none.
@@ -46,7 +45,8 @@ class Jacobian(Method):
     The public code's weight is 20 / 3072 of our beta, on CIFAR-10; neither its paper's nor those of
     the published tables are known, and beta 1 is ours. The student's BatchNorm mixes the images of
     a batch, so its Jacobian has a part from the others; the teacher's has none. Costs a backward of
-    both networks more, and two backwards of the student's gradient; never compiled.
+    both networks more, and two backwards of the student's gradient; never compiled, and in float32
+    unless bf16 is asked for, whose rounding turns Jacobians visibly.
     """
 
     needs_input_gradient: ClassVar[bool] = True
@@ -74,7 +74,11 @@ class Jacobian(Method):
                 raise MethodError(f"Jacobian: {name} is {value!r}; give {' or '.join(choices)}")
         self.pairs = []
         if form == "attention":
-            require_supervision(self, gamma, 0.0)
+            if not gamma:
+                raise MethodError(
+                    f"Jacobian: gamma is {gamma!r}, and form 'attention' has no other term that "
+                    "trains the classifier; give a number above 0"
+                )
             self.pairs = stage_pairs(self, taps, teacher_taps)
         else:
             if taps is not None or teacher_taps is not None:
@@ -95,7 +99,9 @@ class Jacobian(Method):
         seen = batch._replace(image=batch.image.detach().requires_grad_())
         with torch.enable_grad():
             student, (teacher,) = self.student(seen.image), self.teach(seen)
-            own, other = self.differentiated(student, teacher, batch.label)
+            own, other = (
+                self.differentiated(student, teacher, batch.label) if self.beta else ([], [])
+            )
             jacobians, targets = (
                 [
                     torch.autograd.grad(
@@ -147,7 +153,6 @@ class Jacobian(Method):
 def jacobian_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """|J_T / |J_T| - J_S / |J_S||^2 of each image: 2 - 2 cos. (B, D), (B, D) -> (B,)
 
-    A Jacobian of zeros has no direction and stays zero. No gradient reaches the teacher.
+    A Jacobian of zeros has no direction: it counts as zero. No gradient reaches the teacher.
     """
-    own, other = (F.normalize(in_full(x), dim=1, eps=1e-12) for x in (student, teacher.detach()))
-    return (own - other).square().sum(dim=1)
+    return (unit(student) - unit(teacher.detach())).square().sum(dim=1)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from potstill import distributed
 from potstill.errors import MethodError
 from potstill.evaluate import NearestClassMean, class_means
-from potstill.losses import pairwise_distance
+from potstill.losses import pairwise_distance, unit
 from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
 from potstill.net import Net, in_full
 from potstill.pairing import feature_shape
@@ -190,17 +190,15 @@ def comparison_divergence(
     impostor, which is a negative that the student has farther from the anchor than the positive, by
     at most `margin`; of these the `k_hat` nearest, or the first ones in the batch, as many as the
     pair with the fewest has (`batch_min`). A batch without any tuple gives 0. No gradient reaches
-    the teacher. No tensor has more than `limit` elements, or those of one pair: what exceeds it is
-    computed a few pairs at a time, also going backwards.
+    the teacher. No tensor of pairs has more than `limit` elements, or those of one pair: what
+    exceeds it is computed a few pairs at a time, also going backwards.
     """
-    own, other = (
-        pairwise_distance(F.normalize(in_full(x), dim=1)) for x in (student, teacher.detach())
-    )
+    own, other = (pairwise_distance(unit(x)) for x in (student, teacher.detach()))
     same = label[:, None] == label
     themselves = torch.eye(len(label), dtype=torch.bool, device=label.device)
     # their number decides shapes: on a GPU the one wait of a step
     pairs = (same & ~themselves).nonzero()
-    parts = torch.split(pairs, max(1, limit // len(label)))
+    parts = torch.split(pairs, max(1, limit // (len(label) + 1)))
     fewest = None
     if batch_min:
         counts = [impostors(own, same, part, margin).sum(dim=1) for part in parts]
@@ -208,19 +206,19 @@ def comparison_divergence(
         fewest = found.masked_fill(found == 0, len(label)).min()
     sums, tuples = [], []
     for part in parts:
-        kept = impostors(own, same, part, margin, k_hat, fewest)
-        tuples.append(kept.any(dim=1).sum())
+
+        def of_part(own: Tensor, part: Tensor = part) -> tuple[Tensor, Tensor]:
+            kept = impostors(own, same, part, margin, k_hat, fewest)
+            return _divergence(own, other, part, kept, temperature), kept.any(dim=1).sum()
+
         if len(parts) == 1:
-            sums.append(_divergence(own, other, part, kept, temperature))
+            divergence, count = of_part(own)
         else:
-            sums.append(
-                checkpoint(
-                    _divergence,
-                    *(own, other, part, kept, temperature),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
+            divergence, count = checkpoint(
+                of_part, own, use_reentrant=False, preserve_rng_state=False
             )
+        sums.append(divergence)
+        tuples.append(count)
     return torch.stack(sums).sum() / torch.stack(tuples).sum().clamp_min(1)
 
 
@@ -273,7 +271,7 @@ def local_divergence(
     gradient reaches the target.
     """
     log_p, log_q = (
-        F.log_softmax((x / temperature).masked_fill(~present, -FAR), dim=1)
+        F.log_softmax((in_full(x) / temperature).masked_fill(~present, -FAR), dim=1)
         for x in (logits, target.detach())
     )
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)

@@ -232,6 +232,18 @@ def test_a_run_of_another_task_from_end_to_end(runs: Potstill):
     assert lines[-1].startswith("  0.975-1.000")
 
 
+def test_a_folder_of_a_models_name_is_the_run(runs: Potstill):
+    """Not that architecture with random weights."""
+    shutil.copytree("student", "resnet8")
+    for name in ("student", "resnet8"):
+        code, _, errors = runs("cross-task", name)
+        assert code == 0, errors
+    one, other = (
+        json.loads(Path(f"{n}/cross_task.json").read_text()) for n in ("student", "resnet8")
+    )
+    assert {**one, "run": "resnet8"} == other
+
+
 def test_a_student_alone_and_a_teacher_of_the_same_classes(runs: Potstill):
     """Without a teacher there is less to say; with one of all the classes, no AUC."""
     code, output, errors = runs("cross-task", "teacher")

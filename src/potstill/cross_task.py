@@ -6,8 +6,6 @@ arXiv:2205.01915, and its supplement.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ from potstill.losses import soft_kl
 from potstill.methods.refilled import Weighting, instance_weights
 from potstill.models import weights as model_weights
 from potstill.net import Net
-from potstill.recipe import Network, loads
+from potstill.recipe import Network
 from potstill.run import Run
 from potstill.seeds import seed_of
 
@@ -182,16 +180,10 @@ def examine(
     folder = Path(run_source)
     if not folder.is_dir():
         folder = Path(run_source.rpartition(":")[0] or run_source)
-    run = Run.open(folder)
-    if run.result is None:
-        raise PotstillError(f"{folder} has not finished; continue it with --resume")
-    recipe = loads(run.recipe, source=str(folder / "recipe.yaml"), allow_code=allow_code)
-    if root is not None:
-        settings = recipe.data.model_copy(update={"root": str(root)})
-        recipe = recipe.model_copy(update={"data": settings})
+    run, recipe, _ = trainings.finished(folder, root, allow_code)
     data = trainings.load_data(recipe, trainings.choose_device("auto"))
     device = data.train.labels.device
-    student, _ = trainings.build_network(Network(name=run_source), data, "students.0")
+    student, _ = trainings.build_network(_trained(run_source), data, "students.0")
     student.to(device).eval()
     scores = evaluate(
         {"accuracy": student.predictor(), "ncm": NearestClassMean(student, len(data.class_names))},
@@ -210,10 +202,7 @@ def examine(
             f"{folder} has {len(recipe.teachers)} teachers; name one with --teacher"
         )
     if teacher_source is not None:
-        known = model_weights.require_architecture(
-            model_weights.read(teacher_source), "give a run of Potstill's"
-        )
-        network = Network(name=known, weights=teacher_source)
+        network = _trained(teacher_source)
     elif recipe.teachers:
         (network,) = recipe.teachers
     else:
@@ -246,6 +235,13 @@ def examine(
     return _kept(run, found, train, data)
 
 
+def _trained(source: str) -> Network:
+    """The network whose weights these are, also where a model has the name of their folder."""
+    found = model_weights.read(source)
+    name = model_weights.require_architecture(found, "give the weights of a run")
+    return Network(name=name, weights=source)
+
+
 def _histogram(weighed: Weighed) -> dict[str, Any]:
     """Images by weight in `BINS` equal parts from the least weight that there is to 1."""
     low = min(float(weighed.weights.min()), 0.5)
@@ -261,19 +257,12 @@ def _kept(run: Run, found: dict[str, Any], weighed: Weighed | None, data: Data) 
     assert run.directory is not None
     files.write_json(run.directory / RESULT, found)
     if weighed is not None:
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["index", "class", "seen", "weight"])
         ids = [data.train.classes[label] for label in data.train.labels.tolist()]
-        for index, c, seen, weight in zip(
-            data.train.indices.tolist(),
-            ids,
-            weighed.seen.tolist(),
-            weighed.weights.tolist(),
-            strict=True,
-        ):
-            rows.writerow([index, c, int(seen), f"{weight:.6f}"])
-        (run.directory / WEIGHTS).write_text(text.getvalue())
+        seen, weights = weighed.seen.int().tolist(), weighed.weights.tolist()
+        rows = zip(data.train.indices.tolist(), ids, seen, weights, strict=True)
+        lines = [f"{index},{c},{known},{weight:.6f}\n" for index, c, known, weight in rows]
+        text = "".join(["index,class,seen,weight\n", *lines])
+        files.write_bytes(run.directory / WEIGHTS, text.encode())
     return found
 
 

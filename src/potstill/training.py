@@ -697,18 +697,17 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def evaluate_run(
+def finished(
     directory: Path, root: Path | None = None, allow_code: bool = False
-) -> dict[str, Scores]:
-    """Test scores of a finished run's predictors, read back from its files.
+) -> tuple[Run, Recipe, dict[str, Any]]:
+    """A finished run, its recipe and its result. `root` is where the data are now, if moved.
 
-    `root` is where the data are now, if they have moved. Raises StorageError for a damaged file,
-    PotstillError for a run that has not finished, or whose data only its own program had.
+    Raises PotstillError for a run that has not finished, or whose data only its own program had.
     """
     run = Run.open(directory)
-    recipe = loads(run.recipe, source=str(directory / "recipe.yaml"), allow_code=allow_code)
     if run.result is None:
         raise PotstillError(f"{directory} has not finished; continue it with --resume")
+    recipe = loads(run.recipe, source=str(directory / "recipe.yaml"), allow_code=allow_code)
     if recipe.data.name not in datasets.DATASETS:
         raise PotstillError(
             f"{directory} was trained on a dataset of its own program ({recipe.data.name}), which "
@@ -717,7 +716,19 @@ def evaluate_run(
     if root is not None:
         data_settings = recipe.data.model_copy(update={"root": str(root)})
         recipe = recipe.model_copy(update={"data": data_settings})
-    stored = {name: run.load_predictor(name) for name in run.result["scores"]}
+    return run, recipe, run.result
+
+
+def evaluate_run(
+    directory: Path, root: Path | None = None, allow_code: bool = False
+) -> dict[str, Scores]:
+    """Test scores of a finished run's predictors, read back from its files.
+
+    `root` is where the data are now, if they have moved. Raises StorageError for a damaged file,
+    PotstillError for a run that has not finished, or whose data only its own program had.
+    """
+    run, recipe, result = finished(directory, root, allow_code)
+    stored = {name: run.load_predictor(name) for name in result["scores"]}
     device = choose_device("auto")
     weights = {n: model_weights.ours(t, about, str(directory)) for n, (t, about) in stored.items()}
     if all(found.model is not None for found in weights.values()):

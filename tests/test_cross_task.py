@@ -232,6 +232,14 @@ def test_a_run_of_another_task_from_end_to_end(runs: Potstill):
     assert lines[-1].startswith("  0.975-1.000")
 
 
+def test_weights_of_some_classes_are_measured_on_these(runs: Potstill):
+    """As before training; labels are ranks among the teacher's ids."""
+    known = Run.open("student").result["teachers"]["teacher0"]
+    code, output, errors = runs("eval", "--weights", "teacher", "--data", "digits", "--json")
+    assert code == 0 and json.loads(output)["resnet8"] == known
+    assert "of 10 classes, those 5 that it was trained on" in errors
+
+
 def test_a_folder_of_a_models_name_is_the_run(runs: Potstill):
     """Not that architecture with random weights."""
     shutil.copytree("student", "resnet8")

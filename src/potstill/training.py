@@ -752,7 +752,7 @@ def evaluate_weights(
     root: Path | None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Scores]:
-    """Test scores of trained weights on a named data set.
+    """Test scores of trained weights on a named data set, or on as many of its classes as they know.
 
     `model` and `dataset` may be left out where the file says them, as those of our runs do;
     `weights`, where the model is another library's, which publishes them. `report` is told what was
@@ -773,7 +773,12 @@ def evaluate_weights(
     device = choose_device("auto")
     shape = found.input_shape if found is not None and dataset == "folder" else None
     size = shape[1] if shape is not None else None
-    test = datasets.load(dataset, root=root, image_size=size, device=device).test
+    data = datasets.load(dataset, root=root, image_size=size, device=device)
+    test, classes = data.test, None if found is None else found.classes
+    if found is not None and classes is not None and not _other_meaning(found, data):
+        if report is not None and len(classes) < len(test.classes):
+            report(f"of {len(test.classes)} classes, those {len(classes)} that it was trained on")
+        test = data.whole_test.window(classes)
     predictor = _trained(name, found, test, report).to(device)
     return evaluate({name: predictor}, test, evaluation_batch(test))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from potstill import data as datasets
-from potstill import engine, training
+from potstill import engine, recipe, training
 from potstill.errors import MethodError
 from potstill.method import Batch, Method, Outputs, Phase, Terms
 from potstill.models import build
@@ -94,3 +94,27 @@ def test_a_term_for_each_image_is_refused() -> None:
     made: Any = engine.Training(method, images, pace(method, 1))
     with pytest.raises(MethodError, match=r"term 'ce' of update 'student' has shape \(16,\)"):
         next(made.run())
+
+
+@pytest.mark.parametrize(
+    "asked, method, expected",
+    [
+        ("auto", "kd", "auto"),
+        ("auto", "jacobian", None),
+        ("bf16", "jacobian", torch.bfloat16),
+        ("fp32", "jacobian", None),
+    ],
+)
+def test_images_are_differentiated_in_float32_unless_bf16_is_asked_for(
+    asked: str, method: str, expected: Any, tmp_path: Path
+) -> None:
+    """What "auto" is otherwise depends on the machine."""
+    settings = ["data.subset=40", "epochs=1", f"precision={asked}"]
+    alone = recipe.load("digits/vanilla", ["data.subset=40", "epochs=1"])
+    training.train(alone, tmp_path / "t", training.Silence())
+    words = [*settings, f"method={method}", f"teachers=[{tmp_path / 't'}]"]
+    job = training.assemble(recipe.load("digits/kd", words))
+    if expected == "auto":
+        expected = training.choose_precision("auto", torch.device("cpu"))
+    assert job.pace.precision == expected
+    assert job.environment["precision"] == ("bfloat16" if expected else "float32")

@@ -752,7 +752,7 @@ def evaluate_weights(
     root: Path | None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Scores]:
-    """Test scores of trained weights on a named data set, or on as many of its classes as they know.
+    """Test scores of trained weights on a named data set, or on the classes of it that they know.
 
     `model` and `dataset` may be left out where the file says them, as those of our runs do;
     `weights`, where the model is another library's, which publishes them. `report` is told what was

@@ -73,29 +73,32 @@ def harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
-@torch.no_grad()
 def weigh(
-    teacher: Net,
+    logits: Tensor,
     images: Split,
     teacher_classes: Sequence[int] | None,
     batch_size: int = 256,
     weighting: Weighting = "minmax",
 ) -> Weighed:
-    """The instance weights of every image, clean, in shuffled batches as a training has them.
+    """Instance weights from a teacher's logits of all images of a split, in index order. (n, K')
 
-    With "minmax" a weight depends on the other images of its batch; the shuffle is always the same.
+    In shuffled batches, as a training has them: with "minmax" a weight depends on the others of its
+    batch. The shuffle is always the same.
     """
     fixed = torch.Generator().manual_seed(seed_of("instance weights"))
-    order = torch.randperm(len(images), generator=fixed)
-    found = [
-        instance_weights(teacher.logits(batch.image), weighting)
-        for batch in images.clean(batch_size, positions=order)
-    ]
-    weights = torch.empty(len(images))
-    weights[order] = torch.cat(found).cpu()
+    weights = torch.empty(len(logits))
+    for part in torch.split(torch.randperm(len(logits), generator=fixed), batch_size):
+        weights[part] = instance_weights(logits.cpu()[part], weighting).float()
     known = set(teacher_classes or ())
     of_class = torch.tensor([c in known for c in images.classes])
     return Weighed(weights, of_class[images.labels.cpu()])
+
+
+@torch.no_grad()
+def logits_of(net: Net, images: Split) -> Tensor:
+    """Of every image, clean, in index order. (n, K)"""
+    batches = images.clean(trainings.evaluation_batch(images))
+    return torch.cat([net.logits(batch.image) for batch in batches])
 
 
 def fit_head(vectors: Tensor, target: Tensor, temperature: float = 4.0) -> nn.Linear:
@@ -136,24 +139,22 @@ def union_logits(
 
 @torch.no_grad()
 def joint_accuracy(
-    student: Net, teacher: Net, data: Data, teacher_classes: Sequence[int], batch_size: int = 500
+    student: Net, target: Tensor, data: Data, teacher_classes: Sequence[int]
 ) -> Joint:
     """Accuracy over the union of both tasks' classes, of a student with a second head.
 
-    Our own construction, as none is published: the student's head for its classes, and `fit_head`
-    on its vectors of its own training images for the teacher's; none of the teacher's images are
-    needed. See `union_logits`.
+    Our own construction, as none is published: the student's head for its classes, and for the
+    teacher's `fit_head` on the student's vectors of its own training images, of which `target` are
+    the teacher's logits, in index order; none of the teacher's images are needed. See
+    `union_logits`.
     """
-
-    vectors, targets = [], []
-    for batch in data.train.clean(batch_size):
-        vectors.append(student.capture(batch.image)["embed"].flatten(1))
-        targets.append(teacher.logits(batch.image))
-    head = fit_head(torch.cat(vectors), torch.cat(targets))
+    size = trainings.evaluation_batch(data.test)
+    vectors = [student.capture(b.image)["embed"].flatten(1) for b in data.train.clean(size)]
+    head = fit_head(torch.cat(vectors), target)
     classes, shares = data.train.classes, []
     for task in (teacher_classes, classes):
         right = total = 0
-        for batch in data.whole_test.window(task).clean(batch_size):
+        for batch in data.whole_test.window(task).clean(size):
             captured = student.capture(batch.image)
             second = head(captured["embed"].flatten(1))
             logits, union = union_logits(captured.logits, classes, second, teacher_classes)
@@ -215,15 +216,17 @@ def examine(
         "source": teacher_source or network.weights or network.name,
         "classes": None if classes is None else list(classes),
     }
+    of_train = logits_of(teacher, data.train)
     if classes is not None:
         shared = set(classes) & set(data.train.classes)
         own = data.whole_test.window(classes)
         theirs = evaluate({"accuracy": teacher.predictor()}, own, trainings.evaluation_batch(own))
-        joint = joint_accuracy(student, teacher, data, classes)
+        joint = joint_accuracy(student, of_train, data, classes)
         found["teacher"] |= {"shared": len(shared), "accuracy": theirs["accuracy"]._asdict()}
         found["joint"] = {**joint._asdict(), "harmonic_mean": joint.harmonic_mean}
     train, test = (
-        weigh(teacher, split, classes, batch_size, weighting) for split in (data.train, data.test)
+        weigh(logits, split, classes, batch_size, weighting)
+        for logits, split in ((of_train, data.train), (logits_of(teacher, data.test), data.test))
     )
     found["weights"] = {
         "weighting": weighting,

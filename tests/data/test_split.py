@@ -108,17 +108,6 @@ def test_two_ranks_see_the_images_of_one(monkeypatch):
     assert torch.cat(clean).tolist() == list(range(20))
 
 
-def test_clean_images_come_in_any_order_that_is_asked_for():
-    """Batches of 6, 6, 6, 2 of a permutation, each image as it is in index order."""
-    images, order = split(), torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    plain = torch.cat([b.image for b in images.clean(6)])
-    batches = list(images.clean(6, positions=order))
-    assert [len(b.label) for b in batches] == [6, 6, 6, 2]
-    assert torch.cat([b.index for b in batches]).equal(order)
-    assert torch.cat([b.image for b in batches]).equal(plain[order])
-    assert torch.cat([b.label for b in batches]).equal(order % 3)
-
-
 def test_clean_shows_every_image_once_unmoved():
     of = split(keep=[1, 4, 6])
     batches = list(of.clean(2))

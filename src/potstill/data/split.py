@@ -149,19 +149,12 @@ class Split:
         spans = shares(len(positions), batch_size, start, drop_last, rank(), world_size())
         return self._read(positions.to(self.images.device), views, spans)
 
-    def clean(
-        self, batch_size: int, sharded: bool = False, positions: Tensor | None = None
-    ) -> Iterator[Batch]:
-        """Every image once, in its centre view; `sharded`: this rank's share.
-
-        In index order, or in that of `positions`, (n,) int64.
-        """
+    def clean(self, batch_size: int, sharded: bool = False) -> Iterator[Batch]:
+        """Every image once, in index order, in its centre view; `sharded`: this rank's share."""
         views = torch.full_like(self.indices, self.images.clean_view)
         r, world = (rank(), world_size()) if sharded else (0, 1)
-        order = torch.arange(len(self)) if positions is None else positions
-        return self._read(
-            order.to(self.images.device), views, shares(len(self), batch_size, 0, False, r, world)
-        )
+        positions = torch.arange(len(self), device=self.images.device)
+        return self._read(positions, views, shares(len(self), batch_size, 0, False, r, world))
 
     def _read(self, positions: Tensor, views: Tensor, spans: list[slice]) -> Iterator[Batch]:
         parts = [positions[span] for span in spans]

@@ -295,6 +295,13 @@ class Method(nn.Module):
         return {f"student{i}": s.predictor() for i, s in enumerate(self.nets)}
 
 
+def require_arguments(method: Method, *arguments: tuple[str, Any, bool, str]) -> None:
+    """Raise MethodError for the first of (name, value, fits, what would) that does not fit."""
+    for name, value, fits, allowed in arguments:
+        if not fits:
+            raise MethodError(f"{type(method).__name__}: {name} is {value!r}; give {allowed}")
+
+
 def wrong_count(role: str, given: int, low: int, high: int | None) -> str:
     """Why `given` networks are not in [low, high], in words; an empty string where they are."""
     if given >= low and (high is None or given <= high):

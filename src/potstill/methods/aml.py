@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from potstill import distributed
 from potstill.errors import MethodError
 from potstill.losses import unit
-from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
+from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms, require_arguments
 from potstill.net import Net
 from potstill.pairing import feature_shape
 
@@ -82,16 +82,15 @@ class AML(Method):
         super().__init__(students, teachers, data)
         width = feature_shape(self, "student", tap, "tap").numel()
         teacher_width = feature_shape(self, "teacher", teacher_tap, "teacher_tap").numel()
-        forms = Form.__args__  # type: ignore[attr-defined]
-        for name, value, fits, allowed in (
+        forms = get_args(Form)
+        require_arguments(
+            self,
             ("form", form, form in forms, f"one of {', '.join(forms)}"),
             ("margin", margin, margin is None or margin > 0, "a number above 0, or None"),
             ("gamma", gamma, gamma > 0, "a number above 0: nothing else trains the classifier"),
             ("tau", tau, tau > 0, "a number above 0"),
             ("negatives", negatives, negatives >= 1, "1 or more"),
-        ):
-            if not fits:
-                raise MethodError(f"AML: {name} is {value!r}; give {allowed}")
+        )
         if margin is not None and form not in MARGINS:
             raise MethodError(
                 f"AML: form '{form}' has no margin, and margin is {margin}; leave it out"

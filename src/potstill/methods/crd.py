@@ -15,7 +15,18 @@ from torch.autograd.function import once_differentiable
 from potstill import distributed
 from potstill.errors import MethodError
 from potstill.losses import unit
-from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
+from potstill.method import (
+    Batch,
+    DataSpec,
+    Method,
+    Outputs,
+    Phase,
+    Progress,
+    Terms,
+    Turn,
+    Update,
+    require_arguments,
+)
 from potstill.methods.kd import require_same_classes, supervision, teacher_outputs
 from potstill.net import Net
 from potstill.pairing import feature_shape
@@ -84,15 +95,14 @@ class CRD(Method):
         super().__init__(students, teachers, data)
         width = feature_shape(self, "student", tap, "tap").numel()
         teacher_width = feature_shape(self, "teacher", teacher_tap, "teacher_tap").numel()
-        for name, value, fits, allowed in (
+        require_arguments(
+            self,
             ("negatives", negatives, negatives >= 1, "1 or more"),
             ("dimensions", dimensions, dimensions >= 1, "1 or more"),
             ("tau", tau, tau > 0, "a number above 0"),
             ("momentum", momentum, 0 <= momentum < 1, "a number from 0 to below 1"),
             ("sampling", sampling, sampling in ("exact", "fast"), "'exact' or 'fast'"),
-        ):
-            if not fits:
-                raise MethodError(f"CRD: {name} is {value!r}; give {allowed}")
+        )
         if alpha:
             require_same_classes(self)
         self.beta, self.gamma, self.alpha, self.temperature = beta, gamma, alpha, temperature

@@ -17,7 +17,18 @@ from potstill import distributed
 from potstill.errors import MethodError
 from potstill.evaluate import NearestClassMean, class_means
 from potstill.losses import pairwise_distance, unit
-from potstill.method import Batch, DataSpec, Method, Outputs, Phase, Progress, Terms, Turn, Update
+from potstill.method import (
+    Batch,
+    DataSpec,
+    Method,
+    Outputs,
+    Phase,
+    Progress,
+    Terms,
+    Turn,
+    Update,
+    require_arguments,
+)
 from potstill.net import Net, in_full
 from potstill.pairing import feature_shape
 
@@ -73,7 +84,8 @@ class REFILLED(Method):
         super().__init__(students, teachers, data)
         feature_shape(self, "student", tap, "tap")
         width = feature_shape(self, "teacher", teacher_tap, "teacher_tap").numel()
-        for name, value, fits, allowed in (
+        require_arguments(
+            self,
             ("variant", variant, variant in ("full", "minus", "emb"), "'full', 'minus' or 'emb'"),
             ("weighting", weighting, weighting in ("minmax", "raw"), "'minmax' or 'raw'"),
             ("k_rule", k_rule, k_rule in ("pair", "batch_min"), "'pair' or 'batch_min'"),
@@ -83,9 +95,7 @@ class REFILLED(Method):
             ("scale", scale, scale > 0, "a number above 0"),
             ("margin", margin, margin > 0, "a number above 0"),
             ("lam", lam, lam >= 0, "0 or more"),
-        ):
-            if not fits:
-                raise MethodError(f"REFILLED: {name} is {value!r}; give {allowed}")
+        )
         if k_rule == "batch_min" and k_hat is not None:
             raise MethodError(
                 f"REFILLED: k_rule 'batch_min' finds K itself, and k_hat is {k_hat}; leave one out"

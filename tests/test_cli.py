@@ -473,7 +473,9 @@ def test_classes_are_compared_by_name(potstill: Potstill) -> None:
     assert said in output
     code, output, errors = potstill("train", "digits/kd", *other, "method=rkd", "--out", "v")
     assert code == 0 and said in output, errors
-    assert "are not the data's, so its accuracy is not measured" in output
+    assert "are not known to be the data's, so its accuracy is not measured" in output
+    code, _, errors = potstill("eval", "--weights", "t", "--data", "folder", "--root", "two")
+    assert code == 2 and "class 1 is 'bee'; in folder it is 'cow'; its outputs are not" in errors
     code, _, errors = potstill("train", *SHORT, "students=[t]")
     assert code == 2
 

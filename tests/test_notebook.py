@@ -310,3 +310,25 @@ def test_float_images_record_no_normalisation(tmp_path: Path) -> None:
     run = go(None, network(2), data, data, "vanilla", out=tmp_path / "run")
     _, about = run.load_predictor("student")
     assert about["mean"] is None and about["std"] is None
+
+
+def test_a_module_of_as_many_classes_is_no_teacher_of_these_where_tasks_overlap() -> None:
+    """The teacher's own task, overlap 1, is taken to be a module's; of another nobody knows."""
+    settings = {"subset": 50, "overlap": 0}
+    teacher, student = (potstill.build(n, 5, (1, 8, 8)) for n in ("resnet14", "resnet8"))
+    with pytest.raises(MethodError, match=r"which classes teacher 0 was trained on is not known"):
+        potstill.distill(
+            teacher.module, student.module, "digits", data=settings, epochs=1, quiet=True
+        )
+    for method, overlap in (("kd", 1), ("rkd", 0)):
+        settings["overlap"] = overlap
+        run = potstill.distill(
+            teacher.module,
+            student.module,
+            "digits",
+            method=method,
+            data=settings,
+            epochs=1,
+            quiet=True,
+        )
+        assert list(run.result["teachers"]) == (["teacher0"] if overlap else [])

@@ -162,6 +162,10 @@ def _print_result(run: Run, place: Path, console: Any) -> None:
         )
         chosen = ", chosen on the test set, not a result" if best["split"] == "test" else ""
         console.print(f"{line}{chosen})", highlight=False, soft_wrap=True)
+    for phase, last in result.get("earlier", {}).items():
+        for name, score in last["scores"].items():
+            line = f"{name}: {score['top1']:.2f} % top-1 on the {last['split']} set after {phase}"
+            console.print(line, highlight=False, soft_wrap=True)
     if len(students := report.students(result)) > 1:
         mean = sum(students) / len(students)
         console.print(f"mean of {len(students)} students: {mean:.2f} % top-1", highlight=False)

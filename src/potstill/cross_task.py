@@ -7,6 +7,7 @@ arXiv:2205.01915, and its supplement.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,7 @@ from potstill import training as trainings
 from potstill.data import Data, Split
 from potstill.errors import PotstillError
 from potstill.evaluate import NearestClassMean, evaluate
-from potstill.losses import soft_kl
-from potstill.methods.refilled import Weighting, instance_weights
+from potstill.losses import Weighting, instance_weights, soft_kl
 from potstill.models import weights as model_weights
 from potstill.net import Net
 from potstill.recipe import Network
@@ -27,7 +27,6 @@ from potstill.run import Run
 from potstill.seeds import seed_of
 
 BINS = 20
-RESULT, WEIGHTS = "cross_task.json", "instance_weights.csv"
 
 
 class Joint(NamedTuple):
@@ -48,18 +47,18 @@ class Weighed(NamedTuple):
 
     weights: Tensor
     """(n,) see `potstill.methods.refilled.instance_weights`."""
-    seen: Tensor
-    """(n,) bool, whether an image's class is one of the teacher's."""
+    seen: Tensor | None
+    """(n,) bool, whether an image's class is one of the teacher's; None where nobody knows."""
 
     @property
     def auc(self) -> float | None:
-        """Chance that a seen image has the larger weight of two; None where all or none are seen.
+        """Chance that a seen image has the larger weight of two; None without both kinds.
 
         P(seen > unseen) + P(equal) / 2.
         """
         from sklearn.metrics import roc_auc_score
 
-        if self.seen.all() or not self.seen.any():
+        if self.seen is None or self.seen.all() or not self.seen.any():
             return None
         return float(roc_auc_score(self.seen.numpy(), self.weights.double().numpy()))
 
@@ -89,7 +88,9 @@ def weigh(
     weights = torch.empty(len(logits))
     for part in torch.split(torch.randperm(len(logits), generator=fixed), batch_size):
         weights[part] = instance_weights(logits.cpu()[part], weighting).float()
-    known = set(teacher_classes or ())
+    if teacher_classes is None:
+        return Weighed(weights, None)
+    known = set(teacher_classes)
     of_class = torch.tensor([c in known for c in images.classes])
     return Weighed(weights, of_class[images.labels.cpu()])
 
@@ -104,21 +105,29 @@ def logits_of(net: Net, images: Split) -> Tensor:
 def fit_head(vectors: Tensor, target: Tensor, temperature: float = 4.0) -> nn.Linear:
     """A linear layer whose softened predictions are nearest a teacher's. (n, D), (n, K) -> D -> K
 
-    From zeros to the least KL(teacher || layer at the temperature), a convex problem, by L-BFGS.
+    From zeros to the least KL(teacher || layer at the temperature), a convex problem, by L-BFGS in
+    float64, to gradients below 1e-7 or for 1,000 iterations.
     """
-    head = nn.Linear(vectors.shape[1], target.shape[1], device=vectors.device)
+    head = nn.Linear(vectors.shape[1], target.shape[1]).to(vectors.device, torch.float64)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    wide, aim = vectors.double(), target.double()
+    optimizer = torch.optim.LBFGS(
+        head.parameters(),
+        max_iter=1000,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = soft_kl(head(vectors), target, temperature)
+        value = soft_kl(head(wide), aim, temperature)
         torch.autograd.backward(value)
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return head.requires_grad_(False)
+    return head.requires_grad_(False).to(vectors.dtype)
 
 
 def union_logits(
@@ -176,15 +185,20 @@ def examine(
     """Every measure of a run's student, and of its teacher or another one; see `describe`.
 
     Written into the run as cross_task.json, and each training image's weight as
-    instance_weights.csv. `run_source` is RUN, or RUN:student1 where a run has several.
+    instance_weights.csv. `run_source` is RUN, or RUN:student1 where a run has several, whose files
+    are then cross_task.student1.json and instance_weights.student1.csv. A teacher is measured whole
+    where it is a stochastic one.
     """
-    folder = Path(run_source)
+    folder, student_name = Path(run_source), ""
     if not folder.is_dir():
-        folder = Path(run_source.rpartition(":")[0] or run_source)
+        place, _, student_name = run_source.rpartition(":")
+        folder = Path(place or run_source)
     run, recipe, _ = trainings.finished(folder, root, allow_code)
+    which = int(number) if (number := student_name.removeprefix("student")).isdecimal() else 0
+    own = recipe.students[which].name if which < len(recipe.students) else None
     data = trainings.load_data(recipe, trainings.choose_device("auto"))
     device = data.train.labels.device
-    student, _ = trainings.build_network(_trained(run_source), data, "students.0")
+    student, _ = trainings.build_network(_trained(run_source, own), data, "students.0")
     student.to(device).eval()
     scores = evaluate(
         {"accuracy": student.predictor(), "ncm": NearestClassMean(student, len(data.class_names))},
@@ -207,7 +221,7 @@ def examine(
     elif recipe.teachers:
         (network,) = recipe.teachers
     else:
-        return _kept(run, found, None, data)
+        return _kept(run, student_name, found, None, data)
     teacher, classes = trainings.build_network(network, data, "teachers.0")
     teacher.to(device).eval()
     if classes is not None and not set(classes) <= set(data.whole_test.classes):
@@ -219,53 +233,72 @@ def examine(
     of_train = logits_of(teacher, data.train)
     if classes is not None:
         shared = set(classes) & set(data.train.classes)
-        own = data.whole_test.window(classes)
-        theirs = evaluate({"accuracy": teacher.predictor()}, own, trainings.evaluation_batch(own))
+        test = data.whole_test.window(classes)
+        theirs = evaluate({"accuracy": teacher.predictor()}, test, trainings.evaluation_batch(test))
         joint = joint_accuracy(student, of_train, data, classes)
         found["teacher"] |= {"shared": len(shared), "accuracy": theirs["accuracy"]._asdict()}
         found["joint"] = {**joint._asdict(), "harmonic_mean": joint.harmonic_mean}
-    train, test = (
+    train, tested = (
         weigh(logits, split, classes, batch_size, weighting)
         for logits, split in ((of_train, data.train), (logits_of(teacher, data.test), data.test))
     )
     found["weights"] = {
         "weighting": weighting,
         "batch_size": batch_size,
-        "auc": train.auc if classes is not None else None,
-        "test_auc": test.auc if classes is not None else None,
+        "auc": train.auc,
+        "test_auc": tested.auc,
         **_histogram(train),
     }
-    return _kept(run, found, train, data)
+    return _kept(run, student_name, found, train, data)
 
 
-def _trained(source: str) -> Network:
-    """The network whose weights these are, also where a model has the name of their folder."""
+def _trained(source: str, own: str | None = None) -> Network:
+    """The network whose weights these are, also where a model has the name of their folder.
+
+    `own` is what the run's recipe calls it, which alone may name code of one's own.
+    """
     found = model_weights.read(source)
-    name = model_weights.require_architecture(found, "give the weights of a run")
-    return Network(name=name, weights=source)
+    name = found.model
+    if name is None and own is not None and found.about.get("model") == own:
+        name = own
+    if name is None and found.about.get("model", "") is None:
+        raise PotstillError(
+            f"{source} is an ensemble, or a network with a layer of its method, whose vectors "
+            "cannot be compared; name a plain network (RUN:student1, if there is one)"
+        )
+    name = name or model_weights.require_architecture(found, "give the weights of a run")
+    return Network.model_validate(
+        {"name": name, "weights": source}, context={"allow_code": True, "finished": True}
+    )
 
 
 def _histogram(weighed: Weighed) -> dict[str, Any]:
     """Images by weight in `BINS` equal parts from the least weight that there is to 1."""
     low = min(float(weighed.weights.min()), 0.5)
     edges = torch.linspace(low, 1.0, BINS + 1)
-    parts = {"seen": weighed.weights[weighed.seen], "unseen": weighed.weights[~weighed.seen]}
-    return {
-        "edges": edges.tolist(),
-        **{k: torch.histc(x, BINS, low, 1.0).int().tolist() for k, x in parts.items()},
-    }
+    if weighed.seen is None:
+        parts = {"all": weighed.weights}
+    else:
+        parts = {"seen": weighed.weights[weighed.seen], "unseen": weighed.weights[~weighed.seen]}
+    counts = {k: torch.histc(x, BINS, low, 1.0).int().tolist() for k, x in parts.items()}
+    return {"edges": edges.tolist(), "images": counts}
 
 
-def _kept(run: Run, found: dict[str, Any], weighed: Weighed | None, data: Data) -> dict[str, Any]:
+def _kept(
+    run: Run, student: str, found: dict[str, Any], weighed: Weighed | None, data: Data
+) -> dict[str, Any]:
     assert run.directory is not None
-    files.write_json(run.directory / RESULT, found)
-    if weighed is not None:
-        ids = [data.train.classes[label] for label in data.train.labels.tolist()]
-        seen, weights = weighed.seen.int().tolist(), weighed.weights.tolist()
-        rows = zip(data.train.indices.tolist(), ids, seen, weights, strict=True)
-        lines = [f"{index},{c},{known},{weight:.6f}\n" for index, c, known, weight in rows]
-        text = "".join(["index,class,seen,weight\n", *lines])
-        files.write_bytes(run.directory / WEIGHTS, text.encode())
+    dot = f".{student}" if student else ""
+    files.write_json(run.directory / f"cross_task{dot}.json", found)
+    place = run.directory / f"instance_weights{dot}.csv"
+    if weighed is None:
+        place.unlink(missing_ok=True)  # of another teacher
+        return found
+    ids = [data.train.classes[label] for label in data.train.labels.tolist()]
+    seen = [""] * len(ids) if weighed.seen is None else weighed.seen.int().tolist()
+    rows = zip(data.train.indices.tolist(), ids, seen, weighed.weights.tolist(), strict=True)
+    lines = [f"{index},{c},{known},{weight:.6f}\n" for index, c, known, weight in rows]
+    files.write_bytes(place, "".join(["index,class,seen,weight\n", *lines]).encode())
     return found
 
 
@@ -280,7 +313,7 @@ def describe(found: Mapping[str, Any]) -> list[str]:
     if teacher is None:
         return [*lines, "no teacher: --teacher WEIGHTS for joint accuracy and instance weights"]
     if teacher["classes"] is None:
-        lines.append(f"teacher {teacher['source']}: its classes are none of the data's")
+        lines.append(f"teacher {teacher['source']}: which classes it knows is not known")
     else:
         joint = found["joint"]
         lines += [
@@ -291,28 +324,31 @@ def describe(found: Mapping[str, Any]) -> list[str]:
             f"{joint['harmonic_mean']:.2f} %",
         ]
     weights = found["weights"]
-    auc = (
-        "all or none of the classes are the teacher's, so there is no AUC"
-        if weights["auc"] is None
-        else f"AUC of the classes seen by the teacher {weights['auc']:.3f} (test images "
-        f"{weights['test_auc']:.3f})"
-    )
+    if weights["auc"] is not None:
+        auc = (
+            f"AUC of the classes seen by the teacher {weights['auc']:.3f} (test images "
+            f"{weights['test_auc']:.3f})"
+        )
+    elif teacher["classes"] is None:
+        auc = "no AUC, as nobody knows which classes are the teacher's"
+    else:
+        auc = "no AUC, as all or none of the classes are the teacher's"
     lines.append(
-        f"instance weights of {sum(weights['seen']) + sum(weights['unseen']):,} training images "
+        f"instance weights of {sum(map(sum, weights['images'].values())):,} training images "
         f"({weights['weighting']}, batches of {weights['batch_size']}): {auc}"
     )
     return lines + _bars(weights)
 
 
 def _bars(weights: Mapping[str, Any], width: int = 24) -> list[str]:
-    """Two histograms side by side, each in shares of its own images."""
-    shares = {k: [n / max(sum(weights[k]), 1) for n in weights[k]] for k in ("seen", "unseen")}
-    tallest = max(*shares["seen"], *shares["unseen"])
-    lines = [f"  {'weight':<13}{'seen':<{width + 7}}unseen"]
-    for i, (low, high) in enumerate(zip(weights["edges"], weights["edges"][1:], strict=False)):
-        cells = []
-        for k in ("seen", "unseen"):
-            share = shares[k][i]
-            cells.append(f"{100 * share:4.1f} % {'█' * round(width * share / tallest):<{width}}")
+    """Histograms side by side, each in shares of its own images."""
+    shares = {k: [n / max(sum(v), 1) for n in v] for k, v in weights["images"].items()}
+    tallest = max(max(v) for v in shares.values())
+    lines = ["  weight       " + " ".join(f"{k:<{width + 7}}" for k in shares).rstrip()]
+    for i, (low, high) in enumerate(pairwise(weights["edges"])):
+        cells = [
+            f"{100 * v[i]:4.1f} % {'█' * round(width * v[i] / tallest):<{width}}"
+            for v in shares.values()
+        ]
         lines.append(f"  {low:.3f}-{high:.3f}  {' '.join(cells)}".rstrip())
     return lines

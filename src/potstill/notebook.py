@@ -220,7 +220,8 @@ def _net(
             f"{key} has {net.num_classes} outputs and the data {len(data.train.classes)} classes; "
             "give it one output a class"
         )
-    if key.startswith("teacher") and net.num_classes != len(data.train.classes):
+    known = net.num_classes == len(data.train.classes) and training.taken_for_the_tasks(data)
+    if key.startswith("teacher") and not known:
         return net, None
     return net, data.train.classes
 

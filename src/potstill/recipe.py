@@ -115,7 +115,8 @@ def _network_name(name: str, info: ValidationInfo) -> str:
             "it (in Python, allow_code=True)"
         )
     run = name.rpartition(":")[0]  # of RUN:student1
-    if is_name(name) or os.path.exists(name) or os.path.isdir(run):
+    finished = (info.context or {}).get("finished")  # its files may have been moved since
+    if is_name(name) or os.path.exists(name) or os.path.isdir(run) or finished:
         return name
     raise _plain(
         f"is {_show(name)}, which is no model and no file{did_you_mean(name, MODELS) or ';'} "
@@ -135,6 +136,14 @@ class Stochastic(Part):
     """A sub-network for every batch, for every image, or the expected depth throughout."""
 
 
+def _distinct(classes: list[int]) -> list[int]:
+    if twice := sorted({c for c in classes if classes.count(c) > 1}):
+        raise _plain(f"names class {twice[0]} more than once")
+    if not classes:
+        raise _plain("is empty; name at least one class, or write null for all")
+    return classes
+
+
 class Network(Part):
     """A student or a teacher. A bare string is short for its name."""
 
@@ -146,6 +155,8 @@ class Network(Part):
     network, which a teacher of that kind has anyway; null starts from random weights."""
     normalize: Normalization | None = None
     """Only where the network was trained on other statistics than the data's mean and std."""
+    classes: Annotated[list[Annotated[int, Ge(0)]], AfterValidator(_distinct)] | None = None
+    """Original ids of its classes, in label order, where the weights do not say them."""
     stochastic: Stochastic | None = None
     """Null: all blocks are always there, but for weights of a network that was trained so."""
 
@@ -170,14 +181,6 @@ def _dataset_name(name: str, info: ValidationInfo) -> str:
     if name not in DATASETS and not own:
         raise _plain(_unknown(name, "data set", DATASETS))
     return name
-
-
-def _distinct(classes: list[int]) -> list[int]:
-    if twice := sorted({c for c in classes if classes.count(c) > 1}):
-        raise _plain(f"names class {twice[0]} more than once")
-    if not classes:
-        raise _plain("is empty; name at least one class, or write null for all")
-    return classes
 
 
 class Data(Part):
@@ -363,8 +366,12 @@ def loads(
     *,
     source: str = "recipe",
     allow_code: bool = False,
+    finished: bool = False,
 ) -> Recipe:
-    """A recipe from YAML text; `source` is what errors call it. Raises RecipeError."""
+    """A recipe from YAML text; `source` is what errors call it. Raises RecipeError.
+
+    `finished`: of a run that is done, so that the files it names need not be there any more.
+    """
     raw, faults = strict_yaml.parse(text)
     if raw is None and not faults:
         faults = ["the recipe is empty; 'potstill list recipes' names some to start from"]
@@ -372,7 +379,8 @@ def loads(
         faults = [f"the recipe must be a mapping of keys to values, not {_show(raw)}"]
     if not isinstance(raw, dict):
         raise RecipeError(faults, source)
-    return _resolve(raw, overrides, source, allow_code, faults)
+    context = {"allow_code": allow_code, "finished": finished}
+    return _resolve(raw, overrides, source, context, faults)
 
 
 def resolve(
@@ -710,7 +718,7 @@ def _resolve(
     raw: dict[str, Any],
     overrides: Sequence[str],
     source: str,
-    allow_code: bool,
+    context: Mapping[str, bool],
     faults: list[str],
 ) -> Recipe:
     raw = _expanded(raw)
@@ -729,7 +737,7 @@ def _resolve(
         epochs = original.get("epochs")
         raw["schedule_epochs"] = {} if epochs is None else epochs
     try:
-        recipe = Recipe.model_validate(raw, context={"allow_code": allow_code})
+        recipe = Recipe.model_validate(raw, context=dict(context))
     except ValidationError as error:
         for e in error.errors():
             loc = e["loc"]

@@ -213,23 +213,53 @@ def build_network(
     if report is not None and depth is not None and trained_as not in (None, depth):
         report(f"{key} ({name}): trained with {_depth_in_words(trained_as)}")
     net.architecture = name
+    if network.classes is not None:
+        return net, _as_told(network.classes, net, found, key)
     if found is not None and found.classes is not None:
-        if fault := _other_meaning(found, data):
+        if fault := other_meaning(found, data):
             if report is not None:
                 report(f"{key} ({name}): {fault}, so none of its classes is taken to be the data's")
             return net, None
         return net, found.classes
-    if net.num_classes != count:
+    if net.num_classes != count or (teaches and not taken_for_the_tasks(data)):
         return net, None
-    if pretrained and teaches and report is not None:
+    if teaches and report is not None and (pretrained or count < len(data.every_name)):
         report(f"{key} ({name}): its {count} classes are taken to be the data's, in their order")
     return net, split.classes
 
 
-def _other_meaning(found: model_weights.Weights, data: datasets.Data) -> str:
+def taken_for_the_tasks(data: datasets.Data) -> bool:
+    """Whether a teacher with as many classes as the task is taken to know these very ones.
+
+    Not where the task was chosen by what it shares with a teacher's, which has as many anyway.
+    """
+    return data.overlap is None or data.overlap == 1
+
+
+def _as_told(
+    classes: Sequence[int], net: Net, found: model_weights.Weights | None, key: str
+) -> Sequence[int]:
+    """The class ids that a recipe says, which must be as many as there are, and those of a run."""
+    if len(classes) != net.num_classes:
+        raise NetworkError(
+            f"{key}.classes names {len(classes)} classes, and the network has {net.num_classes}"
+        )
+    if found is not None and found.classes not in (None, list(classes)):
+        raise NetworkError(
+            f"{key}.classes are not those that {found.source} was trained on; leave them out"
+        )
+    return classes
+
+
+def other_meaning(found: model_weights.Weights, data: datasets.Data) -> str:
     """Where a class id of the weights is another class, or none, in the data set; or ""."""
     theirs = dict(zip(found.classes or (), found.about.get("class_names") or (), strict=False))
     ours = dict(enumerate(data.every_name))
+    elsewhere = found.about.get("data")
+    if elsewhere not in (None, data.name) and all(
+        str(name).isdecimal() for name in theirs.values()
+    ):
+        return f"trained on {elsewhere}, whose classes have no names but numbers"
     for number, name in sorted(theirs.items()):
         if name != ours.get(number):
             here = f"'{ours[number]}'" if number in ours else "none"
@@ -520,7 +550,7 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
         if classes is None or not set(classes) <= set(whole.classes):
             watcher.say(
                 f"teacher {i}: keeps the head of its {teacher.num_classes} classes, which are not "
-                "the data's, so its accuracy is not measured"
+                "known to be the data's, so its accuracy is not measured"
             )
             continue
         test, where = job.data.test, ""
@@ -629,6 +659,13 @@ def _result(
             for name, r in earlier.items()
         },
         "teachers": {name: score._asdict() for name, score in teachers.items()},
+        "teacher_classes": {  # of those that were measured on other classes than the student
+            f"teacher{i}": list(classes)
+            for i, classes in enumerate(job.method.data.teacher_classes)
+            if f"teacher{i}" in teachers
+            and classes is not None
+            and list(classes) != list(job.data.train.classes)
+        },
         "stochastic": {
             name: dict(net.stochastic)
             for name, net in job.method.by_name.items()
@@ -707,7 +744,8 @@ def finished(
     run = Run.open(directory)
     if run.result is None:
         raise PotstillError(f"{directory} has not finished; continue it with --resume")
-    recipe = loads(run.recipe, source=str(directory / "recipe.yaml"), allow_code=allow_code)
+    source = str(directory / "recipe.yaml")
+    recipe = loads(run.recipe, source=source, allow_code=allow_code, finished=True)
     if recipe.data.name not in datasets.DATASETS:
         raise PotstillError(
             f"{directory} was trained on a dataset of its own program ({recipe.data.name}), which "
@@ -771,11 +809,14 @@ def evaluate_weights(
             f"{weights or name} does not say what it was trained on; add --data NAME"
         )
     device = choose_device("auto")
-    shape = found.input_shape if found is not None and dataset == "folder" else None
+    on_demand = dataset in ("folder", "cub200")
+    shape = found.input_shape if found is not None and on_demand else None
     size = shape[1] if shape is not None else None
     data = datasets.load(dataset, root=root, image_size=size, device=device)
     test, classes = data.test, None if found is None else found.classes
-    if found is not None and classes is not None and not _other_meaning(found, data):
+    if found is not None and classes is not None:
+        if fault := other_meaning(found, data):
+            raise NetworkError(f"{found.source}: {fault}; its outputs are not those classes")
         if report is not None and len(classes) < len(test.classes):
             report(f"of {len(test.classes)} classes, those {len(classes)} that it was trained on")
         test = data.whole_test.window(classes)

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from potstill import distributed, engine
 from potstill.errors import MethodError, TapError
 from potstill.evaluate import class_means, evaluate
-from potstill.losses import pairwise_distance
+from potstill.losses import instance_weights, pairwise_distance
 from potstill.method import Batch, DataSpec, Outputs, Progress
 from potstill.methods.refilled import (
     REFILLED,
     _divergence,
     comparison_divergence,
     impostors,
-    instance_weights,
     local_divergence,
 )
 from potstill.net import Captured, Net
@@ -36,12 +35,12 @@ close = torch.testing.assert_close
 
 START = Progress(0, 0, 100, 100)
 
-# section 8.3 of the specification: three classes of two images
+# three classes of two images
 OWN_ANGLES = (0.0, 0.30, 0.47, 0.52, 0.40, 2.0)
 TAUGHT_ANGLES = (0.0, 0.20, 0.90, 1.00, 0.60, 2.5)
 PAIRS_OF_THREE = torch.tensor([0, 0, 1, 1, 2, 2])
 
-# section 8.4: four images, of classes 0 and 2 of three
+# four images, of classes 0 and 2 of three
 PHI = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0], [2.0, 0.0]])
 HEAD = torch.tensor([[4.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
 Z = torch.tensor([[1.0, 5.0, 0.0], [0.0, 5.0, 1.0], [0.0, -3.0, 2.0], [0.5, 0.0, 0.0]])
@@ -424,7 +423,7 @@ def tuples_by_loops(
     k_hat: int | None = None,
     batch_min: bool = False,
 ) -> list[tuple[int, int, list[int]]]:
-    """Anchor, positive, impostors: section 3 of the specification."""
+    """Anchor, positive, impostors."""
     found = []
     for a, p in itertools.permutations(range(len(e)), 2):
         if label[a] == label[p]:
@@ -1253,7 +1252,7 @@ def of_a_share() -> dict[str, list[float]]:
     share = distributed.local
     z, phi, head = noise(8, 5), noise(8, 3, seed=1), 2 * noise(8, 7, seed=2)
     images = Vectors(noise(8, 3).float(), LABELS)
-    method = REFILLED([plain(3, 5, 2)], [plain(3, 7)], images.spec())
+    method = REFILLED([plain(3, 4, 2)], [plain(3, 7)], images.spec())
     method.centres = noise(5, 3, seed=3)
     shares = (share(LABELS), (share(z), share(phi)), (share(head), share(phi)))
     return {
@@ -1321,4 +1320,28 @@ def test_an_unknown_tap_is_refused_with_those_that_exist(argument: str, role: st
         f"{role}: no feature 'embedding'; this network has ['embed', 'last', 'stage1', "
         "'stage1:pre', 'stage2', 'stage2:pre', 'stage3', 'stage3:pre', 'stem']; did you mean "
         f'"embed"?; choose {argument}=...'
+    )
+
+
+def test_a_student_has_one_output_a_class():
+    """Its logits meet the class means one by one."""
+    with pytest.raises(MethodError) as error:
+        REFILLED([toy_net(0, classes=6)], [toy_net(1)], ToyImages().spec())
+    assert str(error.value) == (
+        "REFILLED compares logits with 4 class means, but the student has 6 outputs; give it one "
+        "a class"
+    )
+
+
+@pytest.mark.parametrize("of", [{"batch_size": 1}, {"labels": torch.arange(4)}])
+def test_a_first_phase_that_could_never_have_a_tuple_is_refused(of: dict[str, Any]):
+    """One image a batch, or one of each class."""
+    data = ToyImages().spec()
+    if "labels" in of:
+        of["indices"] = torch.arange(4)
+    with pytest.raises(MethodError) as error:
+        refilled(data._replace(**of))
+    assert str(error.value) == (
+        "REFILLED compares images of one class in a batch, and there are never two: make "
+        "data.batch_size 2 or more, with two training images of a class or more"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,4 +200,5 @@ def load(
         if classes is not None:
             raise DataError("data.classes and data.overlap both choose the classes; give one")
         classes = splits.overlapping(info.order or range(len(names)), overlap)
-    return assemble(name, sets, names, validation=validation, subset=subset, classes=classes)
+    data = assemble(name, sets, names, validation=validation, subset=subset, classes=classes)
+    return replace(data, overlap=overlap)

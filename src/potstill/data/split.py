@@ -177,6 +177,8 @@ class Data:
     """The test images of every class of the set; a label is the original id."""
     every_name: list[str]
     """Names of all those classes, by original id."""
+    overlap: float | None = None
+    """Share of the classes that the first task has, where the task was chosen by it."""
 
 
 def steps(m: int, batch_size: int, drop_last: bool = False) -> int:

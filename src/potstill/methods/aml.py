@@ -87,6 +87,7 @@ class AML(Method):
             self,
             ("form", form, form in forms, f"one of {', '.join(forms)}"),
             ("margin", margin, margin is None or margin > 0, "a number above 0, or None"),
+            ("beta", beta, beta > 0, "a number above 0"),
             ("gamma", gamma, gamma > 0, "a number above 0: nothing else trains the classifier"),
             ("tau", tau, tau > 0, "a number above 0"),
             ("negatives", negatives, negatives >= 1, "1 or more"),

@@ -40,7 +40,8 @@ class Jacobian(Method):
                same classes on both sides.
     attention  at each stage the attention map, mean over channels of squares, at the teacher's
                largest pixel; the activation term is the squared distance of the maps, of unit
-               length. For any two networks. The paper's windows of pooling are not known: none.
+               length. For any two networks with stages. The paper pools maps first, with windows
+               that are not known; here there are none.
 
     The public code's weight is 20 / 3072 of our beta, on CIFAR-10; neither its paper's nor those of
     the published tables are known, and beta 1 is ours. The student's BatchNorm mixes the images of

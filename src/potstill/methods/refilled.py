@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from potstill import distributed
 from potstill.errors import MethodError
 from potstill.evaluate import NearestClassMean, class_means
-from potstill.losses import pairwise_distance, unit
+from potstill.losses import Weighting, instance_weights, pairwise_distance, unit
 from potstill.method import (
     Batch,
     DataSpec,
@@ -34,8 +34,6 @@ from potstill.pairing import feature_shape
 
 FAR = 1e9  # in place of infinity, of which softmax and KL make 0 * inf
 LIMIT = 2**24  # elements of one tensor: 64 MiB in float32
-
-Weighting = Literal["minmax", "raw"]
 
 
 class REFILLED(Method):
@@ -96,6 +94,17 @@ class REFILLED(Method):
             ("margin", margin, margin > 0, "a number above 0"),
             ("lam", lam, lam >= 0, "0 or more"),
         )
+        classes = len(data.classes)
+        if self.student.num_classes != classes:
+            raise MethodError(
+                f"REFILLED compares logits with {classes} class means, but the student has "
+                f"{self.student.num_classes} outputs; give it one a class"
+            )
+        if data.batch_size < 2 or int(data.labels.bincount().max()) < 2:
+            raise MethodError(
+                "REFILLED compares images of one class in a batch, and there are never two: make "
+                "data.batch_size 2 or more, with two training images of a class or more"
+            )
         if k_rule == "batch_min" and k_hat is not None:
             raise MethodError(
                 f"REFILLED: k_rule 'batch_min' finds K itself, and k_hat is {k_hat}; leave one out"
@@ -105,7 +114,7 @@ class REFILLED(Method):
         self.tau1, self.tau2, self.scale, self.margin = tau1, tau2, scale, margin
         self.k_rule, self.k_hat = k_rule, k_hat
         self.tap, self.teacher_tap = tap, teacher_tap
-        self.register_buffer("centres", torch.zeros(len(data.classes), width))
+        self.register_buffer("centres", torch.zeros(classes, width))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -285,17 +294,3 @@ def local_divergence(
         for x in (logits, target.detach())
     )
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
-
-
-def instance_weights(logits: Tensor, weighting: Weighting = "minmax") -> Tensor:
-    """How much a teacher can say of each image: 2 sigmoid(-u). (B, K') -> (B,)
-
-    Of the loss l = -ln of its highest probability, over its own classes: u = l ("raw": weights from
-    2 / (1 + K') to 1), or l moved to [0, 1] in the batch of all ranks ("minmax": from 0.538 to 1,
-    and 1 where all l are equal). Without gradient.
-    """
-    loss = -F.log_softmax(in_full(logits.detach()), dim=1).amax(dim=1)
-    if weighting == "minmax":
-        low, high = distributed.gather(loss).aminmax()
-        loss = (loss - low) / torch.where(high > low, high - low, 1.0)
-    return 2 * torch.sigmoid(-loss)

@@ -14,7 +14,8 @@ from potstill.run import Run
 def rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     """One row for each predictor of each named group of finished runs.
 
-    And one for the mean of the students, where a run has several. "mean" and "std" (n - 1, None for
+    And one for the mean of the students, where a run has several, and one for each score that an
+    earlier phase ended with. "mean" and "std" (n - 1, None for
     a single run) are of the last epoch's test top-1, in percent.
     """
     found = []
@@ -23,6 +24,12 @@ def rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
         first = results[0]
         columns = {name: [r["scores"][name]["top1"] for r in results] for name in first["scores"]}
         parameters: dict[str, int | None] = dict(first["parameters"])
+        for phase, last in first.get("earlier", {}).items():
+            for name in last["scores"]:
+                columns[after := f"{name} after {phase}"] = [
+                    r["earlier"][phase]["scores"][name]["top1"] for r in results
+                ]
+                parameters[after] = None
         if (count := len(students(first))) > 1:
             columns[mean := f"mean of {count} students"] = [
                 statistics.fmean(students(r)) for r in results

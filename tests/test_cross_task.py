@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from potstill import cross_task, data, recipe, training
+from potstill import cross_task, data, recipe, report, training
 from potstill.cross_task import (
     Joint,
     Weighed,
@@ -380,3 +380,30 @@ def test_a_run_that_has_not_finished_is_refused(tmp_path: Path):
         cross_task.examine(str(run.directory))
     with pytest.raises((PotstillError, StorageError), match=r"is not a run"):
         cross_task.examine(str(tmp_path / "nowhere:student1"))
+
+
+def test_tables_have_what_an_earlier_phase_ended_with(trained: tuple[Path, list[str]]):
+    """Table 4 of the paper reads nothing else."""
+    run = Run.open(trained[0] / "student")
+    assert run.result is not None
+    student, ncm = report.rows({"refilled": [run, run]})
+    assert (student["name"], ncm["name"]) == ("refilled student", "refilled ncm after embed")
+    assert ncm["mean"] == run.result["earlier"]["embed"]["scores"]["ncm"]["top1"]
+    assert (ncm["n"], ncm["std"], ncm["parameters"]) == (2, 0.0, None)
+
+
+def test_a_run_of_ones_own_architecture_is_measured(potstill: Potstill, monkeypatch: Any):
+    """Its file does not say which code is run: the recipe does, with leave."""
+    monkeypatch.syspath_prepend(".")
+    Path("own_net.py").write_text(
+        "from torch import nn\n\n\ndef small(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.Linear(4, num_classes))\n"
+    )
+    words = ["digits/vanilla", "students=[{name: 'py:own_net:small'}]", "epochs=1", "--allow-code"]
+    code, _, errors = potstill("train", *words, "data.overlap=1", "--out", "own")
+    assert code == 0, errors
+    code, output, errors = potstill("cross-task", "own", "--allow-code")
+    assert code == 0 and "nearest class mean" in output, errors
+    code, _, errors = potstill("cross-task", "own")
+    assert code == 2 and "add --allow-code" in errors

@@ -1,8 +1,8 @@
 """One epoch of every method on 5,000 images: is it sound, how fast is it, how much memory.
 
-ResNet-56 teaches ResNet-20 on CIFAR-100 with each method's shipped recipe and one epoch for each
-of its phases, so that ramps and milestones are shortened with it. Every method has a process of its
-own, which
+ResNet-56 teaches ResNet-20 on CIFAR-100 with each method's shipped recipe (that of its own tables,
+where it has none for these networks) and one epoch for each of its phases, so that ramps and
+milestones are shortened with it. Every method has a process of its own, which
 
 1. trains: every term is finite, and in each phase their sum and the cross-entropy are lower, on
    average, over the last three tenths than over the three after the first, by which every ramp is
@@ -43,9 +43,19 @@ from potstill import engine, training
 from potstill.methods import METHODS
 from potstill.recipe import load
 
-SETTINGS = {"crd": ["method.negatives=4096"], "norm": ["method.ramp=false"]}
+SETTINGS = {
+    "crd": ["method.negatives=4096"],
+    "norm": ["method.ramp=false"],
+    "aml": ["data.overlap=null", "data.mean=null", "data.std=null"],
+}
 """A slice of 5,000 images has 4,950 of other classes, not 16,384. NORM's weight falls in the end,
-and its term with it, whatever is learnt."""
+and its term with it, whatever is learnt. AML's recipe is for half of the classes."""
+RECIPES = {
+    "refilled": "cifar100/gkd-refilled-wrn_28_4-wrn_16_2",
+    "aml": "cifar100/gkd-aml-wrn_40_2-wrn_16_1",
+    "jacobian": "cifar100/gkd-jacobian-wrn_28_4-wrn_16_2",
+}
+"""Of methods that have none for ResNet-56 and ResNet-20; the networks are replaced."""
 TAUGHT = [name for name, method in METHODS.items() if method.teachers_needed[0]]
 """The others are measured by online_cost.py."""
 
@@ -66,7 +76,7 @@ def job(
 ) -> training.Assembled:
     """A method's shipped recipe on the slice, an epoch a phase unless told otherwise."""
     pair = "resnet20" if method == "vanilla" else "resnet56-resnet20"
-    name = f"cifar100/{method.replace('_', '-')}-{pair}"
+    name = RECIPES.get(method, f"cifar100/{method.replace('_', '-')}-{pair}")
     changes = [f"data.name={setting.data}", f"data.subset={setting.images}"]
     changes += [f"precision={setting.precision}", f"students.0.name={setting.pair[1]}"]
     changes += SETTINGS.get(method, [])

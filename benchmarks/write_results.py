@@ -379,8 +379,9 @@ ON_FEATURES = """\
 `mhgd` learns its heads in two epochs before the ten. The time counts them.
 """
 ON_CIFAR = """\
-Each method's shipped recipe. Images/s are medians of steps taken in turns with plain training
-(`vanilla`) in one process; the ratio is of those pairs, with quartiles. Peak memory is the whole
+Each method's shipped recipe, with these networks (`refilled`, `aml` and `jacobian`: those of their
+own tables). Images/s are medians of steps taken in turns with plain training (`vanilla`) in one
+process; the ratio is of those pairs, with quartiles. Peak memory is the whole
 process's (of the GPU, on a GPU), the data set included. All terms were finite; the loss fell where
 the sum of terms and the cross-entropy were lower in the end. `crd` has 4,096 negatives: the slice
 is too small for 16,384. `semckd` has beta 50, because its 400 diverges with this teacher; `norm`'s

@@ -342,7 +342,8 @@ def describe(found: Mapping[str, Any]) -> list[str]:
 
 def _bars(weights: Mapping[str, Any], width: int = 24) -> list[str]:
     """Histograms side by side, each in shares of its own images."""
-    shares = {k: [n / max(sum(v), 1) for n in v] for k, v in weights["images"].items()}
+    counts = {k: v for k, v in weights["images"].items() if sum(v)}
+    shares = {k: [n / sum(v) for n in v] for k, v in counts.items()}
     tallest = max(max(v) for v in shares.values())
     lines = ["  weight       " + " ".join(f"{k:<{width + 7}}" for k in shares).rstrip()]
     for i, (low, high) in enumerate(pairwise(weights["edges"])):

@@ -238,11 +238,10 @@ def cross_task(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """A student beside a teacher of other classes: accuracies, and whom the teacher knows.
+    """What a student is worth beside a teacher of other classes.
 
-    Nearest class mean, joint accuracy over both tasks' classes, and the instance weights of
-    REFILLED with their histogram and AUC; kept in the run as cross_task.json and
-    instance_weights.csv.
+    Nearest class mean, joint accuracy over the classes of both, instance
+    weights with AUC; kept as cross_task.json and instance_weights.csv.
     """
     from potstill import cross_task
 

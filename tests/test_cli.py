@@ -465,7 +465,7 @@ def test_classes_are_compared_by_name(potstill: Potstill) -> None:
     assert code == 0, errors
     other = (*teacher, "data.root=two", "epochs=1")
     code, output, errors = potstill("train", "digits/kd", *other, "--out", "u")
-    assert code == 2 and "KD compares logits class by class, but teacher 0 was" in errors
+    assert code == 2 and "KD compares logits class by class, and which classes teacher 0" in errors
     said = (
         "teachers.0 (resnet8): trained on folder, where class 1 is 'bee'; in folder it is 'cow', "
         "so none of its classes is taken to be the data's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -407,3 +408,16 @@ def test_a_run_of_ones_own_architecture_is_measured(potstill: Potstill, monkeypa
     assert code == 0 and "nearest class mean" in output, errors
     code, _, errors = potstill("cross-task", "own")
     assert code == 2 and "add --allow-code" in errors
+
+
+def test_a_teacher_is_measured_on_test_images_of_its_classes_where_there_are_any():
+    """In the order of its outputs; not where a class of its is unknown, or none has an image."""
+    digits = data.load("digits", overlap=0)
+    found = training.test_images(digits, [3, 1])
+    assert found is not None and found.classes == [3, 1]
+    assert len(found) == int(((w := digits.whole_test.labels) == 3).sum() + (w == 1).sum())
+    assert training.test_images(digits, None) is None
+    assert training.test_images(digits, [3, 10]) is None
+    whole = digits.whole_test
+    empty = dataclasses.replace(whole, indices=whole.indices[:0], labels=whole.labels[:0])
+    assert training.test_images(dataclasses.replace(digits, whole_test=empty), [3, 1]) is None

@@ -224,16 +224,15 @@ def examine(
         return _kept(run, student_name, found, None, data)
     teacher, classes = trainings.build_network(network, data, "teachers.0")
     teacher.to(device).eval()
-    if classes is not None and not set(classes) <= set(data.whole_test.classes):
-        classes = None
+    test = trainings.test_images(data, classes)
+    classes = None if test is None else classes
     found["teacher"] = {
         "source": teacher_source or network.weights or network.name,
         "classes": None if classes is None else list(classes),
     }
     of_train = logits_of(teacher, data.train)
-    if classes is not None:
+    if test is not None and classes is not None:
         shared = set(classes) & set(data.train.classes)
-        test = data.whole_test.window(classes)
         theirs = evaluate({"accuracy": teacher.predictor()}, test, trainings.evaluation_batch(test))
         joint = joint_accuracy(student, of_train, data, classes)
         found["teacher"] |= {"shared": len(shared), "accuracy": theirs["accuracy"]._asdict()}

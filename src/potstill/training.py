@@ -541,25 +541,24 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
     On the test images of its own classes, where these are not the student's. A stochastic one is
     measured at its expected depth, and as it teaches.
     """
-    own, whole = list(job.data.train.classes), job.data.whole_test
+    own = list(job.data.train.classes)
     scores: dict[str, Scores] = {}
     for i, (teacher, classes) in enumerate(
         zip(job.method.teachers, job.method.data.teacher_classes, strict=True)
     ):
         key, name = f"teacher{i}", f"teacher {i} ({job.teacher_names[i]})"
-        if classes is None or not set(classes) <= set(whole.classes):
+        test, where = test_images(job.data, classes), ""
+        if test is None:
             watcher.say(
                 f"teacher {i}: keeps the head of its {teacher.num_classes} classes, which are not "
                 "known to be the data's, so its accuracy is not measured"
             )
             continue
-        test, where = job.data.test, ""
-        if list(classes) != own:
-            test = whole.window(classes)
+        if test.classes != own:
             where = " of its own classes"
             watcher.say(
-                f"teacher {i}: keeps the head of its {len(classes)} classes; "
-                f"{len(set(classes) & set(own))} of the data's {len(own)} are among them"
+                f"teacher {i}: keeps the head of its {len(test.classes)} classes; "
+                f"{len({*test.classes} & {*own})} of the data's {len(own)} are among them"
             )
         predictors: dict[str, nn.Module] = {key: teacher.predictor()}
         said = {key: name}
@@ -572,6 +571,14 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
             watcher.say(f"{said[k]}: {in_words(score)}{where}")
         scores |= found
     return scores
+
+
+def test_images(data: datasets.Data, classes: Sequence[int] | None) -> datasets.Split | None:
+    """Those of a teacher's classes; None where nobody knows these, or the set has none of them."""
+    if classes is None or not set(classes) <= set(data.whole_test.classes):
+        return None
+    found = data.whole_test.window(classes)
+    return found if len(found) else None
 
 
 def in_words(score: Scores) -> str:
@@ -820,6 +827,8 @@ def evaluate_weights(
         if report is not None and len(classes) < len(test.classes):
             report(f"of {len(test.classes)} classes, those {len(classes)} that it was trained on")
         test = data.whole_test.window(classes)
+        if not len(test):
+            raise NetworkError(f"{found.source}: {dataset} has no test image of its classes")
     predictor = _trained(name, found, test, report).to(device)
     return evaluate({name: predictor}, test, evaluation_batch(test))
 

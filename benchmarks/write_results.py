@@ -65,6 +65,19 @@ def under(settings: recipe.Recipe) -> str:
     return "".join(f", p_end {depth.p_end:g}" for depth in depths if depth is not None)
 
 
+def of_runs(
+    heading: str, remarks: Sequence[str], rows: str, places: set[str], commands: Sequence[str]
+) -> list[str]:
+    """A section on runs: remarks, their table, where they ran, and the commands."""
+    return [
+        f"## {heading}\n",
+        *remarks,
+        rows + "\n",
+        "\n".join(f"On: {place}." for place in sorted(places)) + "\n",
+        "```bash\n" + "\n".join(commands) + "\n```\n",
+    ]
+
+
 def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list[str]:
     """Single runs, one row each, and a remark."""
     rows, commands, places = [], [], set()
@@ -88,13 +101,7 @@ def trainings(heading: str, directories: Sequence[Path], text: str = "") -> list
         commands.append(command_of(run))
         places.add(hardware(run.environment))
     head = ["run", "teacher", "last epoch", "best epoch", "top-5", "n", "images/s", "time"]
-    return [
-        f"## {heading}\n",
-        *([text] if text else []),
-        table(head, rows) + "\n",
-        "\n".join(f"On: {place}." for place in sorted(places)) + "\n",
-        "```bash\n" + "\n".join(commands) + "\n```\n",
-    ]
+    return of_runs(heading, [text] if text else [], table(head, rows), places, commands)
 
 
 def demo(directory: Path) -> list[str]:
@@ -223,13 +230,7 @@ def online(heading: str, directories: Sequence[Path], text: str) -> list[str]:
         commands.append(command_of(run))
         places.add(hardware(run.environment))
     head = ["run", "each network", "mean", "ensemble", "n", "images/s", "time"]
-    return [
-        f"## {heading}\n",
-        text,
-        table(head, rows) + "\n",
-        "\n".join(f"On: {place}." for place in sorted(places)) + "\n",
-        "```bash\n" + "\n".join(commands) + "\n```\n",
-    ]
+    return of_runs(heading, [text], table(head, rows), places, commands)
 
 
 def cross_task(heading: str, directories: Sequence[Path], text: str) -> list[str]:
@@ -264,14 +265,11 @@ def cross_task(heading: str, directories: Sequence[Path], text: str) -> list[str
         places.add(hardware(run.environment))
     head = ["run", "epochs", "overlap", "accuracy", "NCM after `embed`", "NCM", "joint: teacher's"]
     head += ["joint: student's", "harmonic", "AUC", "AUC, test", "n", "images/s"]
-    return [
-        f"## {heading}\n",
-        text,
-        f"Teacher: {taught['top1']:.2f} % on {taught['images']:,} test images of its classes.\n",
-        table(head, rows) + "\n",
-        "\n".join(f"On: {place}." for place in sorted(places)) + "\n",
-        "```bash\n" + "\n".join([CROSS_TEACHER, *commands]) + "\n```\n",
-    ]
+    teacher = (
+        f"Teacher: {taught['top1']:.2f} % on {taught['images']:,} test images of its classes.\n"
+    )
+    lines = [CROSS_TEACHER, *commands]
+    return of_runs(heading, [text, teacher], table(head, rows), places, lines)
 
 
 def together(heading: str, text: str, files: Sequence[Path]) -> list[str]:

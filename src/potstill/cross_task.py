@@ -46,7 +46,7 @@ class Weighed(NamedTuple):
     """Instance weights of a set of images, in index order."""
 
     weights: Tensor
-    """(n,) see `potstill.methods.refilled.instance_weights`."""
+    """(n,) see `potstill.losses.instance_weights`."""
     seen: Tensor | None
     """(n,) bool, whether an image's class is one of the teacher's; None where nobody knows."""
 
@@ -85,9 +85,9 @@ def weigh(
     batch. The shuffle is always the same.
     """
     fixed = torch.Generator().manual_seed(seed_of("instance weights"))
-    weights = torch.empty(len(logits))
+    logits, weights = logits.cpu(), torch.empty(len(logits))
     for part in torch.split(torch.randperm(len(logits), generator=fixed), batch_size):
-        weights[part] = instance_weights(logits.cpu()[part], weighting).float()
+        weights[part] = instance_weights(logits[part], weighting).float()
     if teacher_classes is None:
         return Weighed(weights, None)
     known = set(teacher_classes)
@@ -160,17 +160,18 @@ def joint_accuracy(
     size = trainings.evaluation_batch(data.test)
     vectors = [student.capture(b.image)["embed"].flatten(1) for b in data.train.clean(size)]
     head = fit_head(torch.cat(vectors), target)
-    classes, shares = data.train.classes, []
-    for task in (teacher_classes, classes):
-        right = total = 0
-        for batch in data.whole_test.window(task).clean(size):
-            captured = student.capture(batch.image)
-            second = head(captured["embed"].flatten(1))
-            logits, union = union_logits(captured.logits, classes, second, teacher_classes)
-            ids = torch.tensor(union, device=logits.device)[logits.argmax(dim=1)]
-            right += int((ids == torch.tensor(task, device=ids.device)[batch.label]).sum())
-            total += len(ids)
-        shares.append(100 * right / total)
+    classes = data.train.classes
+    union = data.whole_test.window(sorted({*classes, *teacher_classes}))
+    found = []
+    for batch in union.clean(size):
+        captured = student.capture(batch.image)
+        second = head(captured["embed"].flatten(1))
+        logits, _ = union_logits(captured.logits, classes, second, teacher_classes)
+        found.append(logits.argmax(dim=1) == batch.label)
+    right, shares = torch.cat(found).cpu(), []
+    for task in (set(teacher_classes), set(classes)):
+        of_task = torch.tensor([c in task for c in union.classes])[union.labels.cpu()]
+        shares.append(100 * int(right[of_task].sum()) / int(of_task.sum()))
     return Joint(*shares)
 
 
@@ -189,10 +190,7 @@ def examine(
     are then cross_task.student1.json and instance_weights.student1.csv. A teacher is measured whole
     where it is a stochastic one.
     """
-    folder, student_name = Path(run_source), ""
-    if not folder.is_dir():
-        place, _, student_name = run_source.rpartition(":")
-        folder = Path(place or run_source)
+    folder, student_name = model_weights.place_of(run_source)
     run, recipe, _ = trainings.finished(folder, root, allow_code)
     which = int(number) if (number := student_name.removeprefix("student")).isdecimal() else 0
     own = recipe.students[which].name if which < len(recipe.students) else None

@@ -83,11 +83,12 @@ class NearestClassMean(nn.Module):
         self.net, self.classes, self.tap = net, classes, tap
         self.register_buffer("means", None, persistent=False)
 
-    def fit(self, batches: Iterable[Batch]) -> None:
-        """Find the means of each class, of all ranks' batches."""
+    def fit(self, batches: Iterable[Batch]) -> Tensor:
+        """Find the means of each class, of all ranks' batches. -> (K, D)"""
         self.means = class_means(
             ((self.embed(b.image), b.label) for b in batches if len(b.label)), self.classes
         )
+        return self.means
 
     def embed(self, image: Tensor) -> Tensor:
         """What is compared. (B, C, H, W) -> (B, D)"""

@@ -816,8 +816,9 @@ def evaluate_weights(
             f"{weights or name} does not say what it was trained on; add --data NAME"
         )
     device = choose_device("auto")
-    on_demand = dataset in ("folder", "cub200")
-    shape = found.input_shape if found is not None and on_demand else None
+    info = datasets.DATASETS.get(dataset)
+    any_size = info is not None and info.any_size
+    shape = found.input_shape if found is not None and any_size else None
     size = shape[1] if shape is not None else None
     data = datasets.load(dataset, root=root, image_size=size, device=device)
     test, classes = data.test, None if found is None else found.classes

@@ -40,6 +40,8 @@ class DatasetInfo:
     flip: bool
     order: Sequence[int] | None = None
     """Of the class ids, for `data.overlap`; None: ascending."""
+    any_size: bool = False
+    """Whether images can be read at any `data.image_size`."""
 
 
 DATASETS = {
@@ -74,6 +76,7 @@ DATASETS = {
         padding=0,
         pad_mode="zero",
         flip=True,
+        any_size=True,
     ),
     "digits": DatasetInfo(
         "scikit-learn's handwritten digits: 1,797 images, 8x8, grey, 10 classes; no download",
@@ -94,6 +97,7 @@ DATASETS = {
         padding=4,
         pad_mode="zero",
         flip=True,
+        any_size=True,
     ),
 }
 
@@ -171,22 +175,22 @@ def load(
         return Labelled(images, torch.tensor(found.labels))
 
     sets: dict[str, Labelled]
-    if name in ("folder", "cub200"):
-        if name == "cub200":
-            found, size = cub200(place), None
-        elif place is None:
-            raise DataError("data.root is needed with data.name=folder; set it to the folder")
-        else:
-            found = listings(place)
-            size = common_size([p for part in found.values() for p in part.paths], image_size)
+    if name == "cub200":
+        found = cub200(place)
         names = found["train"].names
-        if size is None:
-            sets = {part: on_demand(of, part == "train") for part, of in found.items()}
-        else:
-            sets = {
-                part: resident(decoded(of, Path(place or "")), part == "train")
-                for part, of in found.items()
-            }
+        sets = {part: on_demand(of, part == "train") for part, of in found.items()}
+    elif name == "folder":
+        if place is None:
+            raise DataError("data.root is needed with data.name=folder; set it to the folder")
+        found = listings(place)
+        names = found["train"].names
+        size = common_size([p for part in found.values() for p in part.paths], image_size)
+        sets = {
+            part: on_demand(of, part == "train")
+            if size is None
+            else resident(decoded(of, place), part == "train")
+            for part, of in found.items()
+        }
     else:
         if name == "digits" and place is not None:
             raise DataError("data.root is given and digits come with scikit-learn; leave it out")

@@ -107,10 +107,11 @@ class Split:
 
         Raises DataError for a class that it does not have.
         """
-        if unknown := [c for c in classes if c not in self.classes]:
-            raise DataError(f"there is no class {unknown[0]} among the {len(self.classes)} here")
-        label = torch.full((len(self.classes),), -1)
-        label[[self.classes.index(c) for c in classes]] = torch.arange(len(classes))
+        place = {c: i for i, c in enumerate(self.classes)}
+        if unknown := [c for c in classes if c not in place]:
+            raise DataError(f"there is no class {unknown[0]} among the {len(place)} here")
+        label = torch.full((len(place),), -1)
+        label[[place[c] for c in classes]] = torch.arange(len(classes))
         labels = label.to(self.labels.device)[self.labels]
         kept = labels >= 0
         return Split(self.images, self.indices[kept], labels[kept], list(classes))

@@ -36,42 +36,36 @@ def assemble(
     """
     train = sets["train"].labels
     chosen = splits.task_classes(classes, train, names, sets["test"].labels)
-    rank = torch.full((len(names),), -1)
-    rank[chosen] = torch.arange(len(chosen))
 
     def split(part: Labelled, at: Tensor) -> Split:
+        """Images of any classes; a label is the original id."""
         device = part.images.device
-        return Split(part.images, at.to(device), rank[part.labels[at]].to(device), chosen)
+        every = list(range(len(names)))
+        return Split(part.images, at.to(device), part.labels[at].to(device), every)
 
     def whole(part: Labelled) -> Split:
-        return split(part, splits.window(part.labels, chosen))
+        return split(part, torch.arange(len(part.labels)))
 
     at = splits.window(train, chosen)
     kept, held = splits.hold_out(train[at], validation)
     at, held = at[kept], at[held]
     if subset is not None:
         at = at[splits.subset(train[at], subset)]
-    held_out = split(sets["train"], held) if len(held) else None
+    held_out = split(sets["train"], held).window(chosen) if len(held) else None
     if "validation" in sets:
         if held_out is not None:
             raise DataError(
                 f"data.validation is {validation} and there is a folder of validation images; "
                 "set it to 0 to use the folder"
             )
-        held_out = whole(sets["validation"])
-    test = sets["test"]
-    every = Split(
-        test.images,
-        torch.arange(len(test.labels), device=test.images.device),
-        test.labels.to(test.images.device),
-        list(range(len(names))),
-    )
+        held_out = whole(sets["validation"]).window(chosen)
+    test = whole(sets["test"])
     return Data(
-        split(sets["train"], at),
-        whole(test),
+        split(sets["train"], at).window(chosen),
+        test.window(chosen),
         held_out,
         [names[c] for c in chosen],
         name,
-        every,
+        test,
         list(names),
     )

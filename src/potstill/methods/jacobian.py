@@ -11,7 +11,7 @@ from torch import Tensor
 
 from potstill.errors import MethodError
 from potstill.losses import attention_map, meet, unit
-from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms
+from potstill.method import Batch, DataSpec, Method, Outputs, Progress, Terms, require_arguments
 from potstill.methods.kd import require_same_classes, require_supervision, supervision
 from potstill.net import Captured, Net
 from potstill.pairing import stage_pairs
@@ -67,12 +67,11 @@ class Jacobian(Method):
         teacher_taps: Sequence[str] | None = None,
     ) -> None:
         super().__init__(students, teachers, data)
-        for name, value, choices in (
-            ("form", form, ("logits", "attention")),
-            ("of", of, ("label", "teacher")),
-        ):
-            if value not in choices:
-                raise MethodError(f"Jacobian: {name} is {value!r}; give {' or '.join(choices)}")
+        require_arguments(
+            self,
+            ("form", form, form in ("logits", "attention"), "logits or attention"),
+            ("of", of, of in ("label", "teacher"), "label or teacher"),
+        )
         self.pairs = []
         if form == "attention":
             if not gamma:

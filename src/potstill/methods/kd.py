@@ -92,12 +92,13 @@ def require_same_classes(method: Method) -> None:
                     f"{teacher.num_classes} classes and student {s} has {student.num_classes}; use "
                     "a teacher trained on this data set, or a method that reads features"
                 )
-        if data.teacher_classes[t] is None:
+        known = data.teacher_classes[t]
+        if known is None:
             raise MethodError(
                 f"{name} compares logits class by class, and which classes teacher {t} was trained "
                 f"on is not known, or they are others; teachers.{t}.classes=[...] says their ids"
             )
-        if list(data.teacher_classes[t] or ()) != list(data.classes):
+        if list(known) != list(data.classes):
             raise MethodError(
                 f"{name} compares logits class by class, but teacher {t} was trained on other "
                 "classes, or in another order, than data.classes"

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from potstill import distributed
 from potstill.errors import MethodError
-from potstill.evaluate import NearestClassMean, class_means
+from potstill.evaluate import NearestClassMean
 from potstill.losses import Weighting, instance_weights, pairwise_distance, unit
 from potstill.method import (
     Batch,
@@ -144,9 +144,9 @@ class REFILLED(Method):
 
         In float32, and of the whole of a stochastic teacher.
         """
-        (teacher,), tap = self.teachers, self.teacher_tap
-        vectors = ((teacher.capture(b.image)[tap].flatten(1), b.label) for b in batches)
-        self.centres.copy_(class_means(vectors, len(self.centres)))
+        (teacher,) = self.teachers
+        nearest = NearestClassMean(teacher, len(self.centres), self.teacher_tap)
+        self.centres.copy_(nearest.fit(batches))
 
     def forward(self, batch: Batch, progress: Progress, previous: Outputs | None = None) -> Outputs:
         """Run the student, and the teacher where its predictions have a weight."""

@@ -88,10 +88,10 @@ def read(path: str | Path) -> Weights:
     A .pth is read without running code. Raises StorageError for a file that is missing or damaged,
     NetworkError for one that holds something else than weights.
     """
-    path = Path(path).expanduser()
-    folder, _, predictor = str(path).rpartition(":")
-    if folder and not path.exists() and Path(folder).is_dir():  # RUN:student0
-        tensors, about = Run.open(folder).load_predictor(predictor)
+    path, predictor = place_of(path)
+    if predictor:
+        tensors, about = Run.open(path).load_predictor(predictor)
+        path = Path(f"{path}:{predictor}")
     elif path.is_dir():
         tensors, about = Run.open(path).load_predictor("student")
     elif not path.is_file():
@@ -102,6 +102,15 @@ def read(path: str | Path) -> Weights:
     else:
         return Weights(_read_foreign(path), str(path))
     return ours(tensors, about, str(path))
+
+
+def place_of(source: str | Path) -> tuple[Path, str]:
+    """A run's folder and the predictor that RUN:student1 names; else the path itself, and ""."""
+    path = Path(source).expanduser()
+    folder, _, predictor = str(path).rpartition(":")
+    if folder and not path.exists() and Path(folder).is_dir():
+        return Path(folder), predictor
+    return path, ""
 
 
 def require_architecture(found: Weights, otherwise: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from potstill import distributed, engine
-from potstill.evaluate import evaluate
+from potstill.evaluate import agreement, evaluate, predict, reliability, scores
 from potstill.files import save_tensors
 from potstill.methods import METHODS
 from potstill.stochastic_depth import stochastic
@@ -27,11 +27,20 @@ def work(folder: Path) -> None:
         method = build(name, "group", torch.float64)
         training = engine.Training(method, images, pace_of(method, 2))
         records = [{k: v.item() for k, v in m.terms.items()} for m in training.run()]
-        scores = evaluate(method.predictors(), images, batch_size=30)
+        found = evaluate(method.predictors(), images, batch_size=30)
         save_tensors(folder / f"{name}.{distributed.rank()}.safetensors", training.state()[0], {})
         (folder / f"{name}.{distributed.rank()}.json").write_text(
-            json.dumps([records, {k: list(s) for k, s in scores.items()}])
+            json.dumps([records, {k: list(s) for k, s in found.items()}])
         )
+
+
+def calibration() -> list[float]:
+    """Bins, error and agreement of two networks on 61 images: 2 ranks share the last one."""
+    nets = {str(seed): toy_net(seed, "group").double().predictor() for seed in (0, 1)}
+    images = ToyImages(61, dtype=torch.float64)
+    one, other = predict(nets, images, batch_size=30).values()
+    bins = [value or 0.0 for each in reliability(one) for value in each]
+    return [*bins, scores(one).ece, agreement(one, other)]
 
 
 def shared_gradients() -> dict[str, list[float]]:
@@ -77,3 +86,4 @@ if __name__ == "__main__":
     with distributed.together():
         work(folder)
         (folder / f"shared.{distributed.rank()}.json").write_text(json.dumps(shared_gradients()))
+        (folder / f"bins.{distributed.rank()}.json").write_text(json.dumps(calibration()))

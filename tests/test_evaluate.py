@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from potstill.batchnorm import batch_statistics
-from potstill.evaluate import Ensemble, NearestClassMean, Scores, class_means, evaluate
+from potstill.evaluate import (
+    Ensemble,
+    NearestClassMean,
+    Predictions,
+    Scores,
+    agreement,
+    class_means,
+    evaluate,
+    predict,
+    reliability,
+    scores,
+)
 from potstill.method import Batch
 from potstill.net import Net
 from potstill.stochastic_depth import stochastic
@@ -84,6 +95,7 @@ def test_the_batch_size_does_not_matter(batch_size: int):
     assert found[:2] == expected[:2]
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.images == 20
+    assert found.ece == pytest.approx(expected.ece, rel=1e-5)
 
 
 def test_modes_and_buffers_are_put_back():
@@ -121,6 +133,116 @@ def test_extreme_logits_have_a_finite_loss():
     """1e4 on the wrong class costs 1e4 nats; a half-precision predictor's too, without overflow."""
     images = Known([[1e4, 0.0]] * 2, [1, 1])
     assert evaluate({"known": nn.Identity()}, images)["known"].loss == pytest.approx(1e4)
+
+
+# --- calibration and agreement
+
+
+def said(logits: list[list[float]], label: list[int]) -> Predictions:
+    return predict({"known": nn.Identity()}, Known(logits, label), batch_size=3)["known"]
+
+
+def sure(*confidence: float, right: bool = True) -> Predictions:
+    """Predictions of class 0 with these confidences, all right or all wrong."""
+    zeros = torch.zeros(len(confidence))
+    label = torch.full((len(confidence),), 0 if right else 1)
+    return Predictions(label, zeros.long(), torch.tensor(confidence), zeros == 0, zeros)
+
+
+def test_calibration_error_by_hand():
+    """Two images at ln 3, so softmax 3/4, of which one is right: a gap of 1/4 on half of the
+    images. Two at ln 9, so 9/10, both right: a gap of 1/10 on the other half. 1/8 + 1/20 = 0.175.
+
+    3/4 is in the bin from 11/15 to 12/15, 9/10 in that from 13/15 to 14/15.
+    """
+    three, nine = [math.log(3.0), 0.0], [math.log(9.0), 0.0]
+    found = said([three, nine, three, nine], [0, 0, 1, 0])
+    assert scores(found).ece == pytest.approx(17.5, rel=1e-6)
+    bins = reliability(found)
+    assert len(bins) == 15
+    assert bins[11] == pytest.approx((2, 0.75, 0.5))
+    assert bins[13] == pytest.approx((2, 0.9, 1.0))
+    assert {tuple(b) for i, b in enumerate(bins) if i not in (11, 13)} == {(0, None, None)}
+
+
+def test_right_as_often_as_sure_is_no_error():
+    """At 3/4 three of four are right."""
+    found = said([[math.log(3.0), 0.0]] * 4, [0, 0, 0, 1])
+    assert scores(found).ece == pytest.approx(0, abs=1e-5)
+
+
+def test_gaps_of_one_bin_cancel_out_and_those_of_two_do_not():
+    """0.95 and 0.97 share a bin; one right, one wrong: 0.96 for 1/2. 0.45 and 0.97 do not."""
+    together, apart = (
+        Predictions(*map(torch.cat, zip(sure(low), sure(0.97, right=False), strict=True)))
+        for low in (0.95, 0.45)
+    )
+    assert scores(together).ece == pytest.approx(46.0)
+    assert scores(apart).ece == pytest.approx(100 * (0.55 + 0.97) / 2)
+
+
+def test_always_sure_and_always_wrong_is_all_error():
+    assert scores(said([[1e4, 0.0]] * 5, [1] * 5)).ece == 100.0
+
+
+@pytest.mark.parametrize("k", range(15))
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below(k: int):
+    """(k/15, (k+1)/15], up to exactly 1; the next float above the edge is in the next bin."""
+    edge = (k + 1) / 15
+    above = torch.tensor(edge).nextafter(torch.tensor(2.0)).item()
+    bins = reliability(sure(edge, above) if k < 14 else sure(edge))
+    assert [i for i, b in enumerate(bins) if b.images] == [k, k + 1][: 1 + (k < 14)]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_confidence_is_float32_also_of_a_predictor_in_half_precision(kind: torch.dtype):
+    """Equal logits of three: 1/3 is the edge of the fifth bin, and in bfloat16 above it."""
+
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(kind)
+
+    found = predict({"cast": Cast()}, Known([[0.0] * 3], [0]))["cast"]
+    assert found.confidence.dtype == torch.float32
+    assert reliability(found)[4].images == 1
+
+
+def test_one_class_is_known_for_sure():
+    found = said([[-3.0]] * 4, [0] * 4)
+    assert reliability(found)[14] == (4, 1.0, 1.0)
+    assert scores(found)[:2] == (100.0, 100.0) and scores(found).ece == 0.0
+
+
+def test_the_bins_make_up_the_scores():
+    found = predict({"student": toy_net().predictor()}, ToyImages(50), batch_size=7)["student"]
+    bins = [b for b in reliability(found) if b.images]
+    assert len(bins) > 1
+    assert sum(b.images for b in bins) == 50
+    gaps = sum(b.images * abs(b.accuracy - b.confidence) for b in bins)
+    assert 100 * gaps / 50 == pytest.approx(scores(found).ece)
+    assert 2 * sum(b.images * b.accuracy for b in bins) == pytest.approx(scores(found).top1)
+
+
+def test_predictions_are_in_the_order_of_the_images():
+    found = said([six(i) for i in (4, 0, 2, 5)], [4, 1, 2, 3])
+    assert found.label.tolist() == [4, 1, 2, 3]
+    assert found.best.tolist() == [4, 0, 2, 5]
+
+
+def test_agreement_by_hand():
+    """The best classes are 0, 0, 1, 1 and 0, 1, 2, 0: the same once, whatever the labels are."""
+    a, b = (said([six(k) for k in best], [0, 0, 0, 3]) for best in ([0, 0, 1, 1], [0, 1, 2, 0]))
+    assert agreement(a, b) == agreement(b, a) == 25.0
+    assert agreement(a, a) == 100.0
+    never = said([six(k) for k in (1, 1, 0, 0)], [0, 0, 0, 3])
+    assert agreement(a, never) == 0.0
+
+
+@pytest.mark.parametrize("label", [[0, 1], [0, 0, 0, 1], [0]])
+def test_agreement_on_other_images_is_refused(label: list[int]):
+    first = said([[1.0, 0.0]] * 4, [0] * 4)
+    with pytest.raises(ValueError, match="different images"):
+        agreement(first, said([[1.0, 0.0]] * len(label), label))
 
 
 # --- ensembles and their members

@@ -48,10 +48,13 @@ def test_every_network_and_the_ensemble_are_measured_saved_and_read_back(
         run.result["scores"],
         run.result["best_epoch"],
         run.result["parameters"],
+        run.result["calibration"],
+        run.result["cost"],
         *(record["scores"] for record in run.metrics),
     ):
         assert list(found) == names
     assert {p.stem for p in run.directory.glob("*.safetensors")} == set(names)
+    assert all(cost["flops"] > 0 for cost in run.result["cost"].values())
     again = training.evaluate_run(run.directory)
     assert {n: s._asdict() for n, s in again.items()} == run.result["scores"]
     own = model_weights.read(f"{run.directory}:student1")

@@ -96,6 +96,18 @@ def test_gradients_that_autograd_shares_are_averaged_once(trained: dict[int, Pat
     assert alone["one"] == [1.0, 2.0, 3.0] and alone["twice"] == [2.0]
 
 
+def test_calibration_and_agreement_are_of_the_images_of_all_ranks(
+    trained: dict[int, Path],
+) -> None:
+    alone, *shared = (
+        json.loads((trained[world] / f"bins.{rank}.json").read_text())
+        for world, rank in ((1, 0), (2, 0), (2, 1))
+    )
+    assert sum(alone[:45:3]) == 61 and 0 < alone[-1] < 100
+    for found in shared:
+        assert found == pytest.approx(alone, abs=1e-10, rel=0)
+
+
 def test_torchrun_trains_one_run(tmp_path: Path) -> None:
     """`torchrun -m potstill train`: one directory, one voice, BatchNorm statistics shared."""
     out = tmp_path / "run"
@@ -107,7 +119,9 @@ def test_torchrun_trains_one_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("distill epoch 2 ·") == 1
     assert json.loads((out / "env.json").read_text())["world_size"] == 2
-    assert json.loads((out / "result.json").read_text())["scores"]["student"]["images"] == 898
+    result = json.loads((out / "result.json").read_text())
+    assert result["scores"]["student"]["images"] == 898
+    assert sum(images for images, _, _ in result["calibration"]["student"]) == 898
 
 
 def test_several_ranks_save_before_they_stop(tmp_path: Path) -> None:

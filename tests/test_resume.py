@@ -35,6 +35,8 @@ def end_of(run: Run) -> tuple[dict[str, torch.Tensor], Any, Any]:
     result = run.result
     assert result is not None
     timed = ("seconds", "images_per_second")
+    for cost in result["cost"].values():
+        assert cost.pop("latency_ms") > 0
     return (
         checkpoint.tensors,
         (checkpoint.step, checkpoint.state, metrics),
@@ -81,6 +83,7 @@ def test_killed_and_resumed_equals_straight(
     assert all(torch.equal(t, again[k]) for k, t in tensors.items())
     assert plain == plain_again
     assert result == result_again  # the weights' sha256 too
+    assert result["calibration"]["student"] and "teacher0" in result["agreement"]["student"]
     assert any(k.startswith("optimizers/") for k in tensors)
 
 

@@ -7,7 +7,9 @@ others on the CPU. A multiply-add counts as two FLOPs, and those of convolutions
 
 from __future__ import annotations
 
+import statistics
 import textwrap
+import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from potstill.errors import NetworkError, by, first_line
+from potstill.evaluate import eval_mode
 from potstill.listing import columns
 from potstill.models import MODELS, build
 from potstill.models.architecture import Kind
@@ -33,6 +36,8 @@ from potstill.net import _parse
 
 IMAGES = 2
 """In the forward that is watched: with one, `squeeze` would take the axis of images too."""
+WARM_UPS, REPETITIONS = 3, 20
+"""Of a forward that is timed."""
 LINES = 60
 """A tree of more is folded."""
 
@@ -138,6 +143,45 @@ def examine(name: str, num_classes: int = 100, input_shape: Sequence[int] | None
     return Anatomy(name, description, shape, classes, _size(module), flops, layers, taps, blocks)
 
 
+@torch.no_grad()
+def flops_of(module: nn.Module, input_shape: Sequence[int]) -> int:
+    """FLOPs of one image through any module, in eval mode, where its weights are.
+
+    Leaves modes and buffers as they were.
+
+    >>> flops_of(nn.Linear(8, 5), (8,))
+    80
+    """
+    counter = FlopCounterMode(display=False)
+    with eval_mode(module), _countable(), counter:
+        module(_black(module, IMAGES, input_shape))
+    return counter.get_total_flops() // IMAGES
+
+
+@torch.no_grad()
+def latency_of(module: nn.Module, input_shape: Sequence[int]) -> float:
+    """Milliseconds that one image takes, in eval mode, where the module's weights are.
+
+    The median of `REPETITIONS` forwards, after `WARM_UPS`.
+    """
+    image = _black(module, 1, input_shape)
+    seconds = []
+    with eval_mode(module):
+        for _ in range(WARM_UPS + REPETITIONS):
+            began = time.perf_counter()
+            module(image)
+            if image.is_cuda:  # it was only queued
+                torch.cuda.synchronize(image.device)
+            seconds.append(time.perf_counter() - began)
+    return 1000 * statistics.median(seconds[WARM_UPS:])
+
+
+def _black(module: nn.Module, images: int, input_shape: Sequence[int]) -> Tensor:
+    """Zeros, of the type and on the device of a module's weights."""
+    reference = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(images, *input_shape, dtype=reference.dtype, device=reference.device)
+
+
 # --- one forward, watched -------------------------------------------------------------------------
 
 
@@ -188,8 +232,7 @@ def _watch(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, dict[str
 
         return hook
 
-    reference = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.zeros(IMAGES, *input_shape, dtype=reference.dtype, device=reference.device)
+    image = _black(module, IMAGES, input_shape)
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
         for path, part in module.named_modules(remove_duplicate=False):

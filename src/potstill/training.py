@@ -10,16 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from potstill import anatomy, distributed, engine, memory
 from potstill import data as datasets
-from potstill import distributed, engine, memory
 from potstill.errors import MethodError, NetworkError, PotstillError
-from potstill.evaluate import Scores, evaluate
+from potstill.evaluate import Predictions, Scores, agreement, evaluate, predict, reliability, scores
 from potstill.method import DataSpec, Method, Phase
 from potstill.methods import METHODS
 from potstill.models import is_name
@@ -404,24 +405,29 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> None:
     main = distributed.rank() == 0
     with run.locked(main):
         _introduce(job, watcher)
-        teachers = _check_teachers(job, watcher)
+        teachers, same_images = _check_teachers(job, watcher)
         _resume(job, run, watcher)
         if job.compile:
             engine.compile_networks(job.method)
         with _stop_requests() as requested, memory.kept(job.device):
-            _train(job, run, watcher, requested)
+            tested = _train(job, run, watcher, requested)
         # the split that chose nothing: with a validation split the test set is touched here alone
-        last = job.training.phases[-1]
-        tested = None if job.data.validation is None else _scores(job, job.data.test, last)
+        if tested is None or job.data.validation is not None:
+            tested = _predict(job, job.data.test, job.training.phases[-1])
+        measured = _measure(tested, same_images)
         if main:
             for name, predictor in job.method.predictors().items():
                 run.save_predictor(name, predictor.state_dict(), _about(job, predictor))
-            run.finish(_result(job, run.metrics, teachers, tested))
+            run.finish(_result(job, run.metrics, teachers, measured))
         distributed.barrier()  # every rank may read it now
 
 
-def _train(job: Assembled, run: Run, watcher: Watcher, requested: Sequence[int]) -> None:
+def _train(
+    job: Assembled, run: Run, watcher: Watcher, requested: Sequence[int]
+) -> Mapping[str, Predictions] | None:
+    """What the last epoch's evaluation saw; None where a resumed run has no step left."""
     training, main = job.training, distributed.rank() == 0
+    predicted: Mapping[str, Predictions] | None = None
     saved = began = time.monotonic()
     images = 0
     for moment in training.run():
@@ -430,9 +436,10 @@ def _train(job: Assembled, run: Run, watcher: Watcher, requested: Sequence[int])
         if moment.epoch_done:
             _require_finite(moment)
             due = moment.epoch % job.evaluate_every == 0 or moment.step == moment.steps
-            scores = _scores(job, job.held_out, training.phase) if due else {}
+            predicted = _predict(job, job.held_out, training.phase) if due else {}
+            found = {name: scores(p) for name, p in predicted.items()}
             seconds = time.monotonic() - began
-            record = _record(job, moment, training.done_steps, scores, images, seconds)
+            record = _record(job, moment, training.done_steps, found, images, seconds)
             began, images = time.monotonic(), 0
             watcher.epoch(record)
             if main:
@@ -443,6 +450,7 @@ def _train(job: Assembled, run: Run, watcher: Watcher, requested: Sequence[int])
             saved = time.monotonic()
             if requested and not training.finished:
                 raise Interrupted(_stopped(run, training))
+    return predicted
 
 
 def _stopped(run: Run, training: engine.Training) -> str:
@@ -452,14 +460,32 @@ def _stopped(run: Run, training: engine.Training) -> str:
     return f"interrupted, and saved {steps}; continue with --resume"
 
 
-def _scores(
-    job: Assembled, images: datasets.Split, phase: Phase | None = None
-) -> dict[str, Scores]:
-    """Of what predicts in a phase; without one, of what is deployed."""
-    predictors = job.method.predictors
-    if phase is not None and phase.predictors is not None:
-        predictors = phase.predictors
-    return evaluate(predictors(), images, evaluation_batch(images), job.data.train)
+def _predict(job: Assembled, images: datasets.Split, phase: Phase) -> dict[str, Predictions]:
+    """Of what predicts in a phase."""
+    predictors = phase.predictors or job.method.predictors
+    return predict(predictors(), images, evaluation_batch(images), job.data.train)
+
+
+def _measure(
+    tested: Mapping[str, Predictions], teachers: Mapping[str, Predictions]
+) -> dict[str, Any]:
+    """Scores, calibration and agreement for result.json, over all ranks.
+
+    Agreement is each predictor's with every teacher that was measured on the same images; where
+    there is none, each student's with those after it.
+    """
+    agreements: dict[str, dict[str, float]] = {}
+    if teachers:
+        for name, p in tested.items():
+            agreements[name] = {t: agreement(p, other) for t, other in teachers.items()}
+    else:
+        for a, b in combinations((name for name in tested if name.startswith("student")), 2):
+            agreements.setdefault(a, {})[b] = agreement(tested[a], tested[b])
+    return {
+        "scores": {name: scores(p)._asdict() for name, p in tested.items()},
+        "calibration": {name: reliability(p) for name, p in tested.items()},
+        "agreement": agreements,
+    }
 
 
 def evaluation_batch(images: datasets.Split) -> int:
@@ -535,14 +561,18 @@ class _Drawn(nn.Module):
         return self.net(image).logits  # type: ignore[no-any-return]
 
 
-def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
+def _check_teachers(
+    job: Assembled, watcher: Watcher
+) -> tuple[dict[str, Scores], dict[str, Predictions]]:
     """Test accuracy of every teacher whose classes the data set has: said before training.
 
     On the test images of its own classes, where these are not the student's. A stochastic one is
-    measured at its expected depth, and as it teaches.
+    measured at its expected depth, and as it teaches. Also the predictions, as deployed, of those
+    whose classes are the student's.
     """
     own = list(job.data.train.classes)
-    scores: dict[str, Scores] = {}
+    measured: dict[str, Scores] = {}
+    same_images: dict[str, Predictions] = {}
     for i, (teacher, classes) in enumerate(
         zip(job.method.teachers, job.method.data.teacher_classes, strict=True)
     ):
@@ -566,11 +596,13 @@ def _check_teachers(job: Assembled, watcher: Watcher) -> dict[str, Scores]:
             said[key] = f"{name} at its expected depth"
             predictors[f"{key}_drawn"] = _Drawn(teacher)
             said[f"{key}_drawn"] = f"{name} as drawn, as it teaches"
-        found = evaluate(predictors, test, evaluation_batch(test))
-        for k, score in found.items():
-            watcher.say(f"{said[k]}: {in_words(score)}{where}")
-        scores |= found
-    return scores
+        predicted = predict(predictors, test, evaluation_batch(test))
+        for k, predictions in predicted.items():
+            measured[k] = scores(predictions)
+            watcher.say(f"{said[k]}: {in_words(measured[k])}{where}")
+        if not where:
+            same_images[key] = predicted[key]
+    return measured, same_images
 
 
 def test_images(data: datasets.Data, classes: Sequence[int] | None) -> datasets.Split | None:
@@ -637,13 +669,10 @@ def _result(
     job: Assembled,
     metrics: Sequence[Mapping[str, Any]],
     teachers: Mapping[str, Scores],
-    tested: Mapping[str, Scores] | None,
+    measured: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The last epoch's test scores; the best epoch beside them, with the split that chose it."""
     predictors = job.method.predictors()
-    last = metrics[-1]["scores"]
-    if tested is not None:
-        last = {name: score._asdict() for name, score in tested.items()}
     final = [r for r in metrics if r["phase"] == metrics[-1]["phase"]]
     earlier = {r["phase"]: r for r in metrics if r["scores"] and r not in final}  # each one's last
     best = {}
@@ -659,7 +688,7 @@ def _result(
         }
     seconds = sum(r["time"]["seconds"] for r in metrics)
     return {
-        "scores": last,
+        **measured,
         "best_epoch": best,
         "earlier": {
             name: {"scores": r["scores"], "epoch": r["epoch"], "split": r["split"]}
@@ -679,6 +708,7 @@ def _result(
             if net.stochastic is not None
         },
         "parameters": {name: _parameters(p) for name, p in predictors.items()},
+        "cost": {name: _cost(p, job.data.test.input_shape) for name, p in predictors.items()},
         "epochs": len(metrics),
         "steps": metrics[-1]["step"],
         "seconds": seconds,
@@ -688,6 +718,25 @@ def _result(
 
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def _cost(predictor: nn.Module, input_shape: Sequence[int]) -> dict[str, Any]:
+    """Of one image: FLOPs, and the median latency in milliseconds; None where it has none.
+
+    A module that is not ours may refuse to be counted, or a batch of one image.
+    """
+
+    def measured(measure: Callable[[nn.Module, Sequence[int]], float]) -> float | None:
+        try:
+            return measure(predictor, input_shape)
+        except Exception:  # whatever it is, it must not cost a finished training its result
+            return None
+
+    return {
+        "flops": measured(anatomy.flops_of),
+        "latency_ms": measured(anatomy.latency_of),
+        "latency_n": anatomy.REPETITIONS,
+    }
 
 
 def _about(job: Assembled, predictor: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """A recipe is read once, checked whole, and written so that it reads the same again."""
 
-import csv
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
@@ -350,77 +348,6 @@ def test_published_settings_of_mutual_learning_and_native_ensembles():
     assert (one.method.temperature, one.method.ramp_epochs) == (3, 80)
 
 
-NETWORKS = {
-    "ResNet 20": "resnet20",
-    "ResNet 32": "resnet32",
-    "ResNet 110": "resnet110",
-    "WRN 28-10": "wrn_28_10",
-    "WRN 40-4": "wrn_40_4",
-    "MobileNet": "mobilenetv1",
-    "VGG 13": "vgg13",
-}
-LOSSES = {"KD": "kd", "AT": "at", "ML": "dml"}
-
-
-def stochastic_pairs():
-    """Of the published tables, by recipe: (p_end, figures of the trained networks, plain ones).
-
-    None for a row that is marked as suspect.
-    """
-    path = Path(potstill.__file__).parent / "papers" / "stochastic-teacher.csv"
-    rows = defaultdict(list)
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            rows[row["table"], re.search(r"row=(\d+)", row["extra"])[1]].append(row)
-    found = {}
-    for cells in rows.values():
-        pair = "-".join(NETWORKS[cells[0][role]] for role in ("teacher", "student"))
-        folder = cells[0]["dataset"].lower().replace("-100", "100")
-        by_method = defaultdict(list)
-        for cell in cells:
-            by_method[cell["method"]].append(cell)
-        for method, those in by_method.items():
-            name, _, scope = method.partition("+stochastic")
-            if method in ("independent", name) or scope == " full":  # Table 1 has these
-                continue
-            suffix = "-partial" if scope else ""
-            recipe = f"{folder}/stochastic-{LOSSES[name]}-{pair}{suffix}"
-            figures = [f"{float(cell['value']):.2f}" for cell in those]
-            plain = [f"{float(cell['value']):.2f}" for cell in by_method.get(name, [])]
-            p_end = float(re.search(r"Pend=([\d.]+)", those[0]["extra"])[1])
-            suspect = any("suspect" in cell["extra"] for cell in those)
-            found[recipe] = None if suspect else (p_end, figures, plain)
-    return found
-
-
-STOCHASTIC = stochastic_pairs()
-
-
-@pytest.mark.parametrize("name", [name for name, row in STOCHASTIC.items() if row])
-def test_published_pairs_of_stochastic_teachers(name):
-    """Nguyen, Lee, Shim: pair, p_end and figures of Tables 1 to 6. The rest is chosen, and said."""
-    p_end, figures, plain = STOCHASTIC[name]
-    folder, _, title = name.partition("/")
-    _, method, first, second, *partial = title.split("-")
-    found = load(name, ["teachers.0.weights=x"] if method != "dml" else [])
-    networks = [*found.teachers, *found.students]
-    assert [n.name for n in networks] == [first, second]
-    depths = [n.stochastic and n.stochastic.model_dump() for n in networks]
-    depth = {"p_end": p_end, "scope": "identity_only" if partial else "full", "draw": "batch"}
-    assert depths == [depth, depth if method == "dml" else None]
-    assert (found.method.name, found.data.name) == (method, folder)
-    assert f"({' and '.join(figures)} % top-1)" in shipped()[name]
-    text = (Path(potstill.__file__).parent / "recipes" / f"{name}.yaml").read_text()
-    assert f"; {' and '.join(plain)} % without sub-networks" in text or not plain
-    settings = found.method.model_dump()
-    expected = {
-        "kd": {"gamma": 0.1, "alpha": 0.9, "temperature": 4},
-        "at": {"beta": 1000, "gamma": 1, "alpha": 0, "taps": ["stage1", "stage2", "stage3"]},
-        "dml": {"mode": "synchronous", "temperature": 1, "alpha": 1},
-    }[method]
-    assert {k: settings[k] for k in expected} == expected
-
-
 @pytest.mark.parametrize("name", [n for n in shipped() if "/stochastic-" in n])
 def test_stochastic_networks_are_trained_as_those_of_mutual_learning(name):
     """Nesterov 0.9, 0.1, a tenth every 60 of 200 epochs, batch 64, 5e-4; no published schedule."""
@@ -429,89 +356,6 @@ def test_stochastic_networks_are_trained_as_those_of_mutual_learning(name):
     assert (sgd.name, sgd.lr, sgd.momentum, sgd.nesterov) == ("sgd", 0.1, 0.9, True)
     assert (sgd.weight_decay, found.epochs, found.data.batch_size) == (5e-4, 200, 64)
     assert (sgd.schedule.milestones, sgd.schedule.factor) == ([60, 120, 180], 0.1)
-
-
-def test_the_recipes_of_stochastic_teachers_are_those_of_the_tables():
-    """No recipe for a suspect row; one to train every teacher, whose command is written there."""
-    there = {n for n in shipped() if "/stochastic-" in n and "-vanilla-" not in n}
-    assert there == {name for name, row in STOCHASTIC.items() if row}
-    doubtful = [name for name, row in STOCHASTIC.items() if not row]
-    assert doubtful == [
-        "cifar100/stochastic-kd-resnet32-vgg13",
-        "cifar100/stochastic-kd-resnet110-resnet20",
-    ]
-    folder = Path(potstill.__file__).parent / "recipes"
-    for name in there - {n for n in there if "-dml-" in n}:
-        text = (folder / f"{name}.yaml").read_text()
-        recipe, *overrides = re.search(r"potstill train ((?:.|\\\n)*?)\n[^#]", text)[1].split()
-        words = [w for w in overrides if "=" in w]
-        student = load(recipe, words).students[0]
-        teacher = load(name, ["teachers.0.weights=x"]).teachers[0]
-        assert (student.name, student.stochastic) == (teacher.name, teacher.stochastic)
-
-
-GKD_NETWORKS = {
-    "1": {
-        "MobileNet-1": "mobilenetv1_imagenet",
-        "MobileNet-0.75": "mobilenetv1_x0_75_imagenet",
-        "MobileNet-0.5": "mobilenetv1_x0_5_imagenet",
-        "MobileNet-0.25": "mobilenetv1_x0_25_imagenet",
-    },
-    "2": {f"WRN-{d}-{k}": f"wrn_{d}_{k}_gkd" for d in (40, 16) for k in (1, 2)},
-    "3": {f"WRN-{d}-{k}": f"wrn_{d}_{k}" for d, k in ((28, 4), (16, 4), (28, 2), (16, 2))},
-}
-GKD_NETWORKS["4"] = GKD_NETWORKS["1"]
-GKD_PAIRS = {
-    "1": ("cub200", "mobilenetv1", "mobilenetv1_x0_25"),
-    "2": ("cifar100", "wrn_40_2", "wrn_16_1"),
-    "3": ("cifar100", "wrn_28_4", "wrn_16_2"),
-    "4": ("cub200", "mobilenetv1", "mobilenetv1"),
-}
-GKD_METHODS = {"Overhaul": "ofd", "REFILLED stage 1": "tuples"}
-
-
-def published_cells(paper):
-    with (Path(potstill.__file__).parent / "papers" / f"{paper}.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_every_cell_of_cross_task_distillation_is_a_recipe_with_overrides():
-    """Ye, Lu, Zhan: 292 figures; what is asked for is what is resolved, and its first line has the
-    figure where it is the one of the file itself.
-    """
-    used, cells = set(), published_cells("refilled")
-    assert len(cells) == 292
-    for cell in cells:
-        table, networks = cell["table"], GKD_NETWORKS[cell["table"]]
-        folder, teacher, student = GKD_PAIRS[table]
-        method, _, variant = cell["method"].partition("_")
-        method = GKD_METHODS.get(method, method.lower())
-        overrides = []
-        if method in ("student", "teacher"):
-            name = f"{folder}/gkd-vanilla-{student if method == 'student' else teacher}"
-        else:
-            name = f"{folder}/gkd-{method}-{teacher}-{student}"
-            overrides.append("teachers.0.weights=x")
-        own = load(name, overrides)
-        if method != "teacher":
-            overrides.append(f"students.0={networks[cell['student']]}")
-        if variant:
-            overrides.append(f"method.variant={variant.lower()}")
-        if share := re.search(r"overlap=(\d+)%", cell["extra"] if table != "3" else ""):
-            overrides.append(f"data.overlap={int(share[1]) / 100:g}")
-        if k_hat := re.search(r"K_hat=(\w+)", cell["extra"]):
-            overrides.append(f"method.k_hat={k_hat[1] if k_hat[1] != 'inf' else 'null'}")
-        found = load(name, overrides)
-        assert found.notes == [] and found.data.name == folder
-        if method != "teacher":
-            assert found.students[0].name == networks[cell["student"]]
-        if found.teachers:
-            assert found.teachers[0].name == networks[cell["teacher"]]
-        if found == own:
-            assert f"({float(cell['value']):.2f} %" in shipped()[name]
-            used.add(name)
-    teachers = {"cifar100/gkd-vanilla-wrn_40_2", "cub200/gkd-vanilla-mobilenetv1"}  # no figure
-    assert used | teachers == {name for name in shipped() if "/gkd-" in name}
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if "/gkd-" in name])

@@ -357,7 +357,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = (), *, allow_code: bool 
 
     Raises RecipeError with every fault, StorageError for a file that cannot be read.
     """
-    return loads(_text(recipe), overrides, source=str(recipe), allow_code=allow_code)
+    return loads(text_of(recipe), overrides, source=str(recipe), allow_code=allow_code)
 
 
 def loads(
@@ -682,7 +682,7 @@ _NOUNS: Mapping[Any, str] = {
 }
 
 
-def _text(recipe: str | Path) -> str:
+def text_of(recipe: str | Path) -> str:
     """The text of a shipped recipe or of a file."""
     name, known = str(recipe), shipped()
     path = Path(recipe)
@@ -762,7 +762,7 @@ def _with_published_optimizers(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if not missing:
         return recipe, []
     (*_, published), (*_, length) = (
-        phase_epochs(_lengths(recipe), epochs).values() for epochs in (None, recipe.schedule_epochs)
+        phase_epochs(lengths(recipe), epochs).values() for epochs in (None, recipe.schedule_epochs)
     )
     made, notes = {}, []
     for update in missing:
@@ -952,7 +952,7 @@ def _never_reached(recipe: Recipe) -> list[str]:
     """
     if not isinstance(recipe.schedule_epochs, int):
         return []
-    length = max(phase_epochs(_lengths(recipe), recipe.schedule_epochs).values())
+    length = max(phase_epochs(lengths(recipe), recipe.schedule_epochs).values())
     return [
         f"optimizers.{update}.schedule.milestones: {', '.join(f'{m:g}' for m in beyond)} of "
         f"{length} epochs is never reached"
@@ -964,13 +964,14 @@ def _never_reached(recipe: Recipe) -> list[str]:
 def _phase_faults(recipe: Recipe) -> list[str]:
     for key, epochs in (("epochs", recipe.epochs), ("schedule_epochs", recipe.schedule_epochs)):
         try:
-            phase_epochs(_lengths(recipe), epochs, key)
+            phase_epochs(lengths(recipe), epochs, key)
         except RecipeError as error:
             return list(error.faults)  # the second is made of the first unless it is given
     return []
 
 
-def _lengths(recipe: Recipe) -> Mapping[str, int]:
+def lengths(recipe: Recipe) -> Mapping[str, int]:
+    """Published length of each phase of a recipe's method, in epochs."""
     return _method(recipe.method.name).lengths
 
 

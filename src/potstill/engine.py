@@ -344,6 +344,11 @@ class Training:
         """Whether every phase has run to its end."""
         return self.phase_index == len(self.phases) - 1 and self.step == self.steps
 
+    def skip_to(self, phase: int) -> None:
+        """Begin a phase without those before it: to try it, not to train."""
+        self.phase_index, self.step = phase, 0
+        self._begin_phase()
+
     def run(self) -> Iterator[Moment]:
         """Carry on to the end, yielding after each step."""
         while True:
@@ -353,8 +358,7 @@ class Training:
                 yield from self._run_epoch()
             if self.phase_index == len(self.phases) - 1:
                 return
-            self.phase_index, self.step = self.phase_index + 1, 0
-            self._begin_phase()
+            self.skip_to(self.phase_index + 1)
 
     def _prepare(self, prepare: Callable[[Iterable[Batch]], None]) -> None:
         torch.manual_seed(seed_of(self.pace.seed, self.phase.name, "prepare"))

@@ -139,14 +139,11 @@ class Run:
         if self.directory is None or not wanted:
             yield
             return
-        with open(self.directory / LOCK, "w") as file:
-            try:
-                _lock(file)
-            except BlockingIOError as error:
-                raise PotstillError(
-                    f"another process is training into {self.directory}; wait for it, or choose "
-                    "another folder with --out"
-                ) from error
+        with locked(
+            self.directory / LOCK,
+            f"another process is training into {self.directory}; wait for it, or choose another "
+            "folder with --out",
+        ):
             yield
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -423,17 +420,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _lock(file: IO[str]) -> None:
-    """Raises BlockingIOError where another process holds it. Not everywhere are there locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise BlockingIOError from error
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[IO[str]]:
+    """A file that one process alone has open in this way; PotstillError(message) for the others.
+
+    Processes that inherit the open file hold it too. The system lets go of it when they have ended,
+    however they end. Not every system has such locks: where there are none, nobody is kept out.
+    """
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise PotstillError(message) from error
+        yield file
 
 
 def _whole_lines(data: bytes) -> bytes:

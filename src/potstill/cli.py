@@ -176,6 +176,42 @@ def _print_result(run: Run, place: Path, console: Any) -> None:
     )
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (potstill list recipes), or a .yaml.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="epochs=10 data.root=DIR")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the run would go.")] = Path("runs"),
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let the recipe import py:module:factory.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a recipe before it is trained, on real batches; exit code 1 if something fails.
+
+    potstill doctor cifar100/kd-resnet56-resnet20 teachers.0.weights=PATH
+    """
+    from rich.console import Console
+
+    from potstill import doctor
+    from potstill import recipe as recipes
+
+    loaded = recipes.load(recipe, list(overrides or []), allow_code=allow_code)
+    console, findings = Console(quiet=as_json), []
+    with console.status("checking"):
+        for finding in doctor.examine(loaded, out):
+            findings.append(finding)
+            doctor.show(finding, console)
+    console.print(doctor.summary(findings), highlight=False)
+    if as_json:
+        print(json.dumps(doctor.as_object(recipe, findings), indent=2))
+    if not doctor.healthy(findings):
+        raise typer.Exit(1)
+
+
 @app.command("eval")
 def evaluate(
     run: Annotated[Path | None, typer.Argument(help="A finished run's directory.")] = None,
@@ -249,12 +285,124 @@ def cross_task(
     print(json.dumps(found, indent=2) if as_json else "\n".join(cross_task.describe(found)))
 
 
+@app.command()
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="A paper (potstill list papers).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Of every recipe: data.root=DIR")
+    ] = None,
+    table: Annotated[str | None, typer.Option(help="One table, by number or name.")] = None,
+    pair: Annotated[
+        str | None, typer.Option(metavar="TEACHER:STUDENT", help="resnet56:resnet20")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Some methods: vanilla,kd,sakd")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each; a match needs three.")] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="A shortened schedule, marked everywhere.")
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NETWORK=]FILE", help="A teacher's, in place of training it."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each a process.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan alone.")] = False,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Points that are a match.")] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the runs go: runs/reproduce/PAPER.")
+    ] = None,
+) -> None:
+    """Train a paper's table again, and say how far it agrees.
+
+    Plans the runs, teachers first, and tells how long they will take; runs what
+    is missing, continues what was interrupted, and leaves alone what is done.
+
+    potstill reproduce sakd --pair resnet56:resnet20 --methods vanilla,kd,sakd --epochs 10
+    """
+    import shlex
+
+    from rich.console import Console
+
+    from potstill import files, report, reproduce
+    from potstill.errors import MissingExtra
+
+    console, command = Console(), ["potstill", *sys.argv[1:]]
+    plan = reproduce.make(
+        paper,
+        out or Path("runs/reproduce") / paper,
+        table=table,
+        pair=pair,
+        methods=None if methods is None else [m.strip() for m in methods.split(",")],
+        seeds=seeds,
+        epochs=epochs,
+        weights=weights or (),
+        overrides=overrides or (),
+        tolerance=tolerance,
+    )
+    with console.status("measuring a few steps") as status:
+        cost = reproduce.estimate(plan, jobs, lambda line: status.update(line))
+    console.print(reproduce.table(plan, cost))
+    for line in reproduce.remarks(plan, cost, jobs):
+        console.print(line, markup=False, highlight=False)
+    if dry_run:
+        return
+    fault = None
+    try:
+        reproduce.carry_out(plan, jobs, console, command)
+    except reproduce.RunsFailed as error:
+        fault = error
+    found = report.collect([plan.out])
+    report.print_report(found, console)
+    written = [plan.out / "report.md"]
+    files.write_bytes(written[0], report.markdown(found).encode())
+    try:
+        report.write_html(found, plan.out / "report.html", shlex.join(command))
+        written.append(plan.out / "report.html")
+    except MissingExtra as error:
+        print(f"no page: {error}")
+    print(f"written: {', '.join(map(str, written))}")
+    if fault is not None:
+        raise fault
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders with runs in them.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots too.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to a file too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Runs side by side: accuracy with intervals, differences by seed, cost.
+
+    Runs of one recipe are one group over its seeds; what makes figures worth
+    less than they look is a warning. --html needs the extra report.
+    """
+    import shlex
+
+    from rich.console import Console
+
+    from potstill import files, report
+    from potstill.report.text import as_json as as_object
+
+    found = report.collect(runs)
+    if html is not None:
+        report.write_html(found, html, shlex.join(["potstill", *sys.argv[1:]]))
+    if markdown is not None:
+        files.write_bytes(markdown, report.markdown(found).encode())
+    if as_json:
+        print(files.encode_json(as_object(found), indent=2))
+        return
+    report.print_report(found, Console())
+    for file in filter(None, (html, markdown)):
+        print(f"written: {file}")
+
+
 class Listable(StrEnum):
     """What `potstill list` can list."""
 
     methods = "methods"
     models = "models"
     datasets = "datasets"
+    papers = "papers"
     recipes = "recipes"
 
 

@@ -17,14 +17,20 @@ WIDTH = 100
 
 
 def entries(what: str) -> list[dict[str, Any]]:
-    """One object for each method, model, data set or recipe; each has "name" and "description"."""
-    return {"methods": _methods, "models": _models, "datasets": _datasets, "recipes": _recipes}[
-        what
-    ]()
+    """One object for each thing of a kind, "methods" and so on; with "name" and "description"."""
+    return {
+        "methods": _methods,
+        "models": _models,
+        "datasets": _datasets,
+        "papers": _papers,
+        "recipes": _recipes,
+    }[what]()
 
 
 def table(what: str, found: Sequence[dict[str, Any]]) -> list[str]:
     """The lines that `potstill list` prints of these entries."""
+    if what == "papers":
+        return _of_papers(found)
     if what != "models":
         return columns([(e["name"], e["description"]) for e in found])
     head = ("name", "params", "FLOPs", "input", "description")
@@ -114,6 +120,62 @@ def _datasets() -> list[dict[str, Any]]:
     from potstill.data import DATASETS
 
     return [{"name": name, **asdict(info)} for name, info in DATASETS.items()]
+
+
+def _papers() -> list[dict[str, Any]]:
+    from potstill import papers
+
+    found = []
+    for name in papers.PAPERS:
+        paper = papers.load(name)
+        absent = [c.table for c in paper.cells if isinstance(paper.origin(c), papers.Absent)]
+        tables = [
+            {
+                "table": key,
+                "number": table.number,
+                "title": table.title,
+                "figures": sum(cell.table == key for cell in paper.cells),
+                "reproducible": sum(cell.table == key for cell in paper.cells) - absent.count(key),
+                "selection": table.selection,
+                "runs": table.runs,
+                "settings": table.settings,
+            }
+            for key, table in paper.tables.items()
+        ]
+        found.append(
+            {
+                "name": name,
+                "description": paper.title,
+                "reference": paper.reference,
+                "tables": tables,
+            }
+        )
+    return found
+
+
+def _of_papers(found: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for paper in found:
+        lines += [f"{paper['name']}: {paper['description']}", f"  {paper['reference']}"]
+        head = ("table", "figures", "of which", "epoch", "runs", "")
+        rows = [
+            (
+                t["number"],
+                str(t["figures"]),
+                str(t["reproducible"]),
+                t["selection"] or "not published",
+                "?" if t["runs"] is None else str(t["runs"]),
+                t["title"],
+            )
+            for t in paper["tables"]
+        ]
+        lines += [f"  {line}" for line in map(_cut, columns([head, *rows], right=(1, 2, 4)))]
+        lines.append("")
+    return [
+        *lines,
+        "potstill reproduce PAPER --table T; of which: those that a training here can make",
+        "epoch, runs: what the published figures are of; --json has where the settings come from",
+    ]
 
 
 def _recipes() -> list[dict[str, Any]]:

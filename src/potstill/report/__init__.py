@@ -1,14 +1,53 @@
-"""Finished runs into tables."""
+"""Runs into tables, Markdown, and one HTML page."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+from potstill import files
+from potstill.errors import StorageError
+from potstill.report import tables, text
+from potstill.report.collect import Collected as Collected
+from potstill.report.collect import collect as collect
 from potstill.run import Run
+
+
+def write_html(
+    paths: Sequence[str | Path] | Collected,
+    file: str | Path,
+    command: str | None = None,
+    made: str | None = None,
+) -> None:
+    """One page of the runs at or below these paths, whole or not at all; a file there is replaced.
+
+    `command` is what made it, `made` when, now without one. Raises MissingExtra without plotly or
+    jinja2, PotstillError where there is no run, StorageError where the file cannot be written.
+    """
+    from potstill.report import page
+
+    page.require()  # before runs are read
+    if not (folder := Path(file).parent).is_dir():
+        raise StorageError(f"{file} cannot be written: there is no folder {folder}; make it first")
+    found = paths if isinstance(paths, Collected) else collect(paths)
+    made = made or datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    files.write_bytes(file, page.render(found, made, command).encode())
+
+
+def markdown(paths: Sequence[str | Path] | Collected) -> str:
+    """Tables and warnings of the runs at or below these paths. Raises PotstillError without any."""
+    return text.markdown(paths if isinstance(paths, Collected) else collect(paths))
+
+
+def print_report(collected: Collected, console: Console) -> None:
+    """Every table and warning, for a terminal."""
+    console.print(text.for_terminal(tables.every(collected), collected.warnings))
 
 
 def rows(groups: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:

@@ -1,0 +1,113 @@
+"""A report as text: for a terminal, as Markdown, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group as Together
+from rich.table import Table
+from rich.text import Text
+
+from potstill.comparison import Summary
+from potstill.report import tables
+from potstill.report.collect import Collected
+from potstill.report.sheet import NOT_A_RESULT, Cell, Sheet
+
+
+def markdown(collected: Collected) -> str:
+    """The report's tables and warnings as Markdown."""
+    parts = []
+    for sheet in tables.every(collected):
+        marks = ["---:" if sheet.numeric(i) else "---" for i in range(len(sheet.head))]
+        lines = [sheet.head, marks, *([_in_one(c) for c in row] for row in sheet.rows)]
+        table = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+        parts += [f"## {_escaped(sheet.title)}", table, *map(_escaped, sheet.notes)]
+    if collected.warnings:
+        warned = "\n".join(f"- {_escaped(w)}" for w in collected.warnings)
+        parts += [f"## Warnings: {len(collected.warnings)}", warned]
+    return "\n\n".join(parts) + "\n"
+
+
+def _in_one(cell: Cell) -> str:
+    return f"{cell.text} ({cell.note})" if cell.note else cell.text
+
+
+def _starred(cell: Cell) -> str:
+    """With a star for the note that would fill every row."""
+    notes = [note for note in cell.note.split(", ") if note and note not in NOT_A_RESULT]
+    star = "*" if NOT_A_RESULT in cell.note else ""
+    return f"{_in_one(cell._replace(note=', '.join(notes)))}{star}"
+
+
+def _escaped(text: str) -> str:
+    """Markdown that shows the text as it is, in one cell of a table."""
+    for mark in "\\`*_<|":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
+
+
+def for_terminal(sheets: Iterable[Sheet], warnings: Sequence[str] = ()) -> Together:
+    """Tables and warnings, for `rich.console.Console.print`."""
+    parts: list[Any] = []
+    for sheet in sheets:
+        made = Table(title=Text(sheet.title), title_justify="left", title_style="bold")
+        for i, head in enumerate(sheet.head):
+            widest = max(len(cell.text) for cell in (row[i] for row in sheet.rows))
+            made.add_column(
+                Text(head),
+                justify="right" if sheet.numeric(i) else "left",
+                overflow="fold",
+                min_width=min(widest, 9 if i else 24),  # so that words stay whole
+            )
+        for row in sheet.rows:
+            made.add_row(*(Text(_starred(cell)) for cell in row))
+        notes = [*sheet.notes]
+        if any(NOT_A_RESULT in cell.note for row in sheet.rows for cell in row):
+            notes.append(f"* {NOT_A_RESULT}")
+        parts += [made, *map(Text, notes), Text()]
+    parts += [Text(f"warning: {w}", "yellow") for w in warnings]
+    return Together(*parts)
+
+
+def as_json(collected: Collected) -> dict[str, Any]:
+    """The report's figures for other programs."""
+
+    def plain(found: Summary | None) -> dict[str, Any] | None:
+        return None if found is None else dict(vars(found))
+
+    return {
+        "groups": [
+            {
+                "name": group.name,
+                "runs": [{"directory": str(r.directory), "seed": r.seed} for r in group.runs],
+                "unfinished": [
+                    {"directory": str(r.directory), "seed": r.seed, "progress": r.progress}
+                    for r in group.unfinished
+                ],
+                "predictors": {
+                    line.predictor: {
+                        "top1": plain(line.top1),
+                        "top5": plain(line.top5),
+                        "best": plain(line.best),
+                        "best_splits": [*line.best_splits],
+                        **(line.measures or {}),
+                    }
+                    for line in (tables.of_predictors(group) if group.runs else [])
+                },
+                "settings": group.settings,
+            }
+            for group in collected.groups
+        ],
+        "differences": [
+            {
+                "group": d.group.name,
+                "baseline": d.baseline.name,
+                "paired": None if d.paired is None else {**vars(d.paired)},
+                "also_differs_in": [*d.beside],
+            }
+            for d in collected.differences
+        ],
+        "reproduced": [*collected.reproduced],
+        "warnings": collected.warnings,
+    }

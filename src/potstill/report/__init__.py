@@ -14,8 +14,8 @@ from rich.table import Table
 from potstill import files
 from potstill.errors import StorageError
 from potstill.report import tables, text
-from potstill.report.collect import Collected as Collected
-from potstill.report.collect import collect as collect
+from potstill.report.groups import Collected as Collected
+from potstill.report.groups import collect as collect
 from potstill.run import Run
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import html
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from potstill.report.collect import Collected, Group, Training
+from potstill.report.groups import Collected, Group, Training
 from potstill.report.tables import Line, of_predictors
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#808080")
@@ -56,10 +56,6 @@ class Look:
 
     name: str
     index: int
-    colour: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "colour", COLOURS[self.index % len(COLOURS)])
 
     def trace(self, kind: str = "", entry: str = "", **settings: Any) -> Trace:
         """A trace; `entry` is what the legend calls it, `kind` is added to its own name."""
@@ -72,7 +68,12 @@ class Look:
         }
 
     @property
+    def colour(self) -> str:
+        return COLOURS[self.index % len(COLOURS)]
+
+    @property
     def dash(self) -> str:
+        """Told apart where the colours begin anew; likewise the symbol."""
         return DASHES[self.index // len(COLOURS) % len(DASHES)]
 
     @property
@@ -423,12 +424,12 @@ def _phases(runs: Iterable[Training]) -> dict[int, str]:
     return found
 
 
-def _pooled(rows: Sequence[Sequence[float]]) -> tuple[int, float, float]:
-    """One bin of several runs: images, and their mean confidence and accuracy."""
+def _pooled(rows: Sequence[Sequence[Any]]) -> tuple[int, float, float]:
+    """One bin of several runs: images, and their mean confidence and accuracy (None of none)."""
     count = sum(int(n) for n, _, _ in rows)
     if not count:
         return 0, 0.0, 0.0
-    confidence, accuracy = (sum(r[0] * r[i] for r in rows) / count for i in (1, 2))
+    confidence, accuracy = (sum(r[0] * r[i] for r in rows if r[0]) / count for i in (1, 2))
     return count, confidence, accuracy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from potstill import optional
 from potstill.report import figures, tables, verdicts
-from potstill.report.collect import Collected, Training
+from potstill.report.groups import Collected, Training
 from potstill.report.sheet import Sheet
 
 WHY = "an HTML report"

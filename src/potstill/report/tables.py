@@ -10,7 +10,7 @@ from typing import Any
 from potstill.comparison import CONFIDENCE, Summary, summary
 from potstill.display import duration
 from potstill.report import verdicts
-from potstill.report.collect import Collected, Difference, Group, over_students
+from potstill.report.groups import Collected, Difference, Group, over_students
 from potstill.report.sheet import MISSING, NOT_A_RESULT, Cell, Sheet, half_width, number, signed
 
 
@@ -90,7 +90,7 @@ def _cost(result: Mapping[str, Any], name: str, key: str) -> Any:
 def every(collected: Collected) -> list[Sheet]:
     """Every table, the empty ones left out."""
     lines = [line for group in collected.finished for line in of_predictors(group)]
-    found = [accuracy(lines), cost(lines), differences(collected.differences)]
+    found = [accuracy(lines), predictions(lines), cost(lines), differences(collected.differences)]
     found += [unfinished(collected), cross_task(collected)]
     for outcome in collected.reproduced:
         found += verdicts.alone(outcome)
@@ -106,6 +106,16 @@ def accuracy(lines: Sequence[Line]) -> Sheet:
     return _sheet("Accuracy", {**_NAMES, **_ACCURACY}, lines, notes)
 
 
+def predictions(lines: Sequence[Line]) -> Sheet:
+    """How predictions are beside being right; without rows where nothing was recorded."""
+    notes = [
+        "Agreement: test images whose first choice is the same. ECE: expected calibration error, "
+        "in 15 bins of confidence."
+    ]
+    found = [x for x in lines if any(_told(cell(x)) for cell in _PREDICTIONS.values())]
+    return _sheet("Predictions", {**_NAMES, **_PREDICTIONS}, found, notes)
+
+
 def cost(lines: Sequence[Line]) -> Sheet:
     """Size and speed."""
     notes = [
@@ -118,13 +128,12 @@ def cost(lines: Sequence[Line]) -> Sheet:
 
 def complete(lines: Sequence[Line]) -> Sheet:
     """Accuracy and cost in one table."""
-    return _sheet("Results", {**_NAMES, **_ACCURACY, **_COST}, lines, accuracy(lines).notes)
+    return _sheet("Results", {**_NAMES, **_MEASURES}, lines, accuracy(lines).notes)
 
 
 def absent(lines: Sequence[Line]) -> list[str]:
     """Columns for which these runs recorded nothing."""
-    heads = {**_ACCURACY, **_COST}
-    return [h for h, cell in heads.items() if not any(_told(cell(x)) for x in lines)]
+    return [h for h, cell in _MEASURES.items() if not any(_told(cell(x)) for x in lines)]
 
 
 def _sheet(
@@ -197,6 +206,8 @@ _ACCURACY: Mapping[str, Column] = {
     "top-5": lambda line: number(None if line.top5 is None else line.top5.mean),
     "best epoch": _best,
     "teacher": _teacher,
+}
+_PREDICTIONS: Mapping[str, Column] = {
     "agreement %": _agreement,
     "ECE %": _measure("ece", 2),
 }
@@ -207,6 +218,7 @@ _COST: Mapping[str, Column] = {
     "images/s": lambda line: number(_speed(line), 0),
     "time": lambda line: Cell(duration(_seconds(line)), _seconds(line)),
 }
+_MEASURES = {**_ACCURACY, **_PREDICTIONS, **_COST}
 
 
 def differences(found: Sequence[Difference]) -> Sheet:

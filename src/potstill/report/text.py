@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Group as Together
 from rich.table import Table
 from rich.text import Text
 
 from potstill.comparison import Summary
 from potstill.report import tables
-from potstill.report.collect import Collected
-from potstill.report.sheet import NOT_A_RESULT, Cell, Sheet
+from potstill.report.groups import Collected
+from potstill.report.sheet import ALONE, NOT_A_RESULT, Cell, Sheet
 
 
 def markdown(collected: Collected) -> str:
@@ -34,10 +35,10 @@ def _in_one(cell: Cell) -> str:
 
 
 def _starred(cell: Cell) -> str:
-    """With a star for the note that would fill every row."""
-    notes = [note for note in cell.note.split(", ") if note and note not in NOT_A_RESULT]
+    """Notes below, but those that would fill every row: a star, and n that says it."""
     star = "*" if NOT_A_RESULT in cell.note else ""
-    return f"{_in_one(cell._replace(note=', '.join(notes)))}{star}"
+    own = cell.note.replace(NOT_A_RESULT, "").replace(ALONE, "").removesuffix(", ")
+    return "\n".join(filter(None, [cell.text + star, own]))
 
 
 def _escaped(text: str) -> str:
@@ -51,20 +52,21 @@ def for_terminal(sheets: Iterable[Sheet], warnings: Sequence[str] = ()) -> Toget
     """Tables and warnings, for `rich.console.Console.print`."""
     parts: list[Any] = []
     for sheet in sheets:
-        made = Table(title=Text(sheet.title), title_justify="left", title_style="bold")
+        made = Table(title=Text(sheet.title), box=box.SIMPLE_HEAD, collapse_padding=True)
+        made.title_justify, made.title_style = "left", "bold"
         for i, head in enumerate(sheet.head):
-            widest = max(len(cell.text) for cell in (row[i] for row in sheet.rows))
-            made.add_column(
-                Text(head),
-                justify="right" if sheet.numeric(i) else "left",
-                overflow="fold",
-                min_width=min(widest, 9 if i else 24),  # so that words stay whole
-            )
+            numeric = sheet.numeric(i)
+            justify: Any = "right" if numeric else "left"
+            # numbers keep their width, and text gives way
+            made.add_column(Text(head), justify=justify, overflow="fold", no_wrap=numeric)
         for row in sheet.rows:
             made.add_row(*(Text(_starred(cell)) for cell in row))
         notes = [*sheet.notes]
-        if any(NOT_A_RESULT in cell.note for row in sheet.rows for cell in row):
+        said = {cell.note for row in sheet.rows for cell in row}
+        if any(NOT_A_RESULT in note for note in said):
             notes.append(f"* {NOT_A_RESULT}")
+        if ALONE in said:
+            notes.append(ALONE)
         parts += [made, *map(Text, notes), Text()]
     parts += [Text(f"warning: {w}", "yellow") for w in warnings]
     return Together(*parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -234,16 +233,11 @@ def _places(paths: Sequence[str | Path], name: str) -> list[Path]:
         if not path.exists():
             raise PotstillError(f"{path}: there is no such folder; check the path")
         for folder, below, inside in os.walk(path):
-            below.sort(key=_natural)
+            below.sort()
             if name in inside:
                 place = Path(folder)
                 found.setdefault(place.resolve(), place)
     return list(found.values())
-
-
-def _natural(name: str) -> list[tuple[str, int]]:
-    """Sorts seed2 before seed10."""
-    return [(text, int(number or -1)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _read(place: Path) -> Training:

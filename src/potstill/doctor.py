@@ -930,7 +930,7 @@ def _of_rehearsal(recipe: Recipe) -> Iterator[Finding]:
         )
     parts.append(f"evaluations {display.duration(found.evaluation_seconds)}")
     total = display.duration(found.total_seconds)
-    yield Finding("time", "ok", f"about {total}: {', '.join(parts)}")
+    yield Finding("time", "ok", f"about {total} on a machine as busy as now: {', '.join(parts)}")
     yield of_memory(found.peak_bytes, _memory(job.device), job.device.type)
 
 

@@ -23,7 +23,7 @@ from potstill.reproduce.plan import Plan
 from potstill.run import Run
 
 PAIR = "resnet56:resnet20"
-SMALL = ("data.name=digits", "data.subset=64", "data.batch_size=32")
+SMALL = ("data.name=digits", "data.subset=64", "data.batch_size=32", "evaluate_every=100")
 
 
 def planned(out: Path, methods: str = "vanilla,kd", **settings: Any) -> Plan:
@@ -146,6 +146,16 @@ def test_what_fits_no_figure_is_refused(given: dict[str, Any], message: str, tmp
     assert not any(tmp_path.iterdir())
 
 
+def test_one_file_is_not_taken_for_differently_trained_teachers(tmp_path: Path) -> None:
+    """KD has the plain WRN-28-10 in Table 1, and KD+stochastic one of p_end 0.5."""
+    (tmp_path / "x.pth").write_bytes(b"weights")
+    given = {"table": "1", "pair": "wrn_28_10:resnet32", "weights": [str(tmp_path / "x.pth")]}
+    with pytest.raises(PotstillError, match="trained in 2 ways"):
+        reproduce.make("stochastic-teacher", tmp_path / "out", **given)
+    plan = reproduce.make("stochastic-teacher", tmp_path / "out", methods=["KD"], **given)
+    assert [s.recipe.method.name for s in plan.settings.values()] == ["kd"]
+
+
 def test_a_wrong_paper_names_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(PotstillError, match='did you mean "sakd"'):
         reproduce.make("sakdd", tmp_path)
@@ -156,6 +166,7 @@ def test_a_wrong_paper_names_the_right_one(tmp_path: Path) -> None:
 
 def finish(plan: Plan, top1: Mapping[str, Sequence[float]], teacher: float | None = None) -> None:
     """Runs of a plan that have ended with these accuracies, by method and seed."""
+    plan.out.mkdir(parents=True, exist_ok=True)
     record(plan, ["potstill", "reproduce", "sakd"])
     for setting in plan.settings.values():
         for seed, value in enumerate(top1.get(setting.recipe.method.name, [])):
@@ -436,15 +447,16 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-LONG = ("--seeds", "1", "--epochs", "40", *SMALL)
+LONG = ("--seeds", "1", "--epochs", "12", *SMALL)
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("number", "jobs"), [(signal.SIGKILL, "1"), (signal.SIGKILL, "2"), (signal.SIGTERM, "2")]
+)
 def test_a_stopped_reproduce_goes_on_without_repeating(
     number: signal.Signals, jobs: str, tmp_path: Path
 ) -> None:
-    """Stopped when the first student of two has finished or is at work; then the same command."""
+    """Stopped when the teacher has finished and its students are to come; then the same again."""
     words = (*LONG, "--jobs", jobs)
     process = started(tmp_path, *words)
     wait_for(lambda: len(state(tmp_path)) >= 1, process)  # the teacher

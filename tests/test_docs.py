@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from potstill import recipe
 from potstill.listing import entries
+from potstill.reproduce.plan import Plan, make
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,7 +59,23 @@ def test_every_potstill_command_is_understood(tmp_path: Path) -> None:
         if words[1] == "train":
             overrides = [w.replace("RUN", str(weights)) for w in words[3:] if "=" in w]
             recipe.load(words[2], overrides)
-    assert seen == {"demo", "train", "eval", "cross-task", "list", "schema", "show"}
+        if words[1] == "reproduce":
+            plan = reproduce_words(words, str(weights))
+            assert plan.rows, words
+    commands_of_pages = {"demo", "train", "doctor", "reproduce", "report", "eval", "cross-task"}
+    assert seen == {*commands_of_pages, "list", "schema", "show"}
+
+
+def reproduce_words(words: list[str], weights: str) -> Plan:
+    """The plan that a command asks for."""
+    options = {"--table": "table", "--pair": "pair"}
+    given: dict[str, Any] = {options[w]: v for w, v in pairwise(words) if w in options}
+    if "--methods" in words:
+        given["methods"] = words[words.index("--methods") + 1].split(",")
+    if "--weights" in words:
+        given["weights"] = [weights]
+    overrides = [w for w in words[3:] if "=" in w]
+    return make(words[2], Path("unused"), overrides=overrides, **given)
 
 
 def run_potstill(*words: str) -> str:

@@ -139,7 +139,9 @@ def test_overrides_that_change_what_is_trained_are_told_apart(tmp_path: Path) ->
         ({"weights": ["resnet56=x.pth"], "methods": ["kd"]}, "there is no x.pth"),
     ],
 )
-def test_what_fits_no_figure_is_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_fits_no_figure_is_refused(
+    given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises((PotstillError, RecipeError, StorageError)) as raised:
         reproduce.make("sakd", tmp_path, **given)
     assert message in str(raised.value)
@@ -215,7 +217,8 @@ def test_a_verdict_by_hand(tmp_path: Path, teacher_file: str) -> None:
     assert rows["Vanilla"]["verdict"] == "below"
     assert (rows["SAKD(Ours)"]["verdict"], rows["SAKD(Ours)"]["waiting"]) == ("inconclusive", 1)
     assert "n = 2" in rows["SAKD(Ours)"]["why"]
-    assert (rows["AT"]["verdict"], rows["AT"]["ours"], rows["AT"]["waiting"]) == ("waiting", None, 3)
+    at = rows["AT"]
+    assert (at["verdict"], at["ours"], at["waiting"]) == ("waiting", None, 3)
     assert found["shortened"] is None and found["changed"] == []
 
 
@@ -414,7 +417,7 @@ def test_an_estimate_covers_what_is_missing(tmp_path: Path) -> None:
     names = {s.recipe.method.name: s.name for s in plan.settings.values() if not s.teaches}
     assert set(cost.faults) == {names["crd"]}
     assert set(cost.seconds) == {*plan.settings} - {names["crd"]}
-    each = {name: s for name, s in cost.seconds.items()}
+    each = cost.seconds
     teacher = next(s.name for s in plan.settings.values() if s.teaches)
     total = each[teacher] + 2 * (each[names["vanilla"]] + each[names["kd"]])
     assert cost.left == pytest.approx(total)

@@ -15,6 +15,9 @@ from potstill.report import tables
 from potstill.report.groups import Collected
 from potstill.report.sheet import ALONE, NOT_A_RESULT, Cell, Sheet
 
+LONGEST_WORD = 16
+"""Characters of a word that a column of text makes room for."""
+
 
 def markdown(collected: Collected) -> str:
     """The report's tables and warnings as Markdown."""
@@ -57,8 +60,12 @@ def for_terminal(sheets: Iterable[Sheet], warnings: Sequence[str] = ()) -> Toget
         for i, head in enumerate(sheet.head):
             numeric = sheet.numeric(i)
             justify: Any = "right" if numeric else "left"
-            # numbers keep their width, and text gives way
-            made.add_column(Text(head), justify=justify, overflow="fold", no_wrap=numeric)
+            # numbers keep their width, and text gives way, but not within a word
+            words = " ".join([head, *(row[i].text for row in sheet.rows)]).split()
+            longest = min(LONGEST_WORD, max(map(len, words), default=0))
+            made.add_column(
+                Text(head), justify=justify, overflow="fold", no_wrap=numeric, min_width=longest
+            )
         for row in sheet.rows:
             made.add_row(*(Text(_starred(cell)) for cell in row))
         notes = [*sheet.notes]

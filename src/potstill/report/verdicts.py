@@ -12,12 +12,11 @@ HEAD = (
     "method",
     "published",
     "ours",
+    "std",
     "±",
     "n",
     "difference",
     "verdict",
-    "why",
-    "best epochs",
 )
 
 
@@ -49,7 +48,7 @@ def alone(outcome: Mapping[str, Any]) -> list[Sheet]:
     return [
         replace(
             sheet,
-            title=f"{outcome['title']}: {sheet.title}",
+            title=f"{outcome['paper']}, {sheet.title}",
             notes=[*(first if sheet.head is HEAD else []), *sheet.notes],
         )
         for sheet in sheets(outcome)
@@ -62,12 +61,32 @@ def _beside_published(outcome: Mapping[str, Any]) -> Iterator[Sheet]:
         pair = f"{row['teacher']} -> {row['student']}" if row["teacher"] else row["student"]
         kinds.setdefault(f"{row['table']}: {pair}, {row['dataset']}", []).append(row)
     for title, rows in kinds.items():
+        tolerance = f"{outcome['tolerance']:g} points"
         notes = [
-            f"Matches: within {outcome['tolerance']:g} points of the paper, over three seeds or "
-            f"more, with a {outcome['confidence']:.0%} interval no wider to each side."
+            f"Ours: last epoch, mean over n seeds; ± is the half width of the "
+            f"{outcome['confidence']:.0%} t-interval. Matches: n of 3 or more, within {tolerance} "
+            f"of the paper, and an interval within {tolerance} of its mean."
+        ]
+        if any(row["ours_best"] for row in rows):
+            notes.append(f"Best: the mean of our runs' best epochs, {NOT_A_RESULT}.")
+        whence, why = [_whence(r) for r in rows], [r["why"] for r in rows]
+        if len({*whence}) == 1:
+            notes.append(f"Published: {whence[0]}.")
+        if len({*why}) == 1 and why[0] and not standing(outcome):
+            notes.append(f"All of them: {why[0]}.")
+        cells = [
+            _verdict(row, w if len({*whence}) > 1 else "", y if len({*why}) > 1 else "")
+            for row, w, y in zip(rows, whence, why, strict=True)
         ]
         notes += [f"{r['method']}: {r['doubt']}" for r in rows if r["doubt"]]
-        yield Sheet(title, HEAD, [*map(_verdict, rows)], notes)
+        yield Sheet(title, HEAD, cells, notes)
+
+
+def _whence(row: Mapping[str, Any]) -> str:
+    """What a published figure is of."""
+    runs = row["published_runs"]
+    rule = row["published_rule"].replace("not published", "which epoch is not published")
+    return f"{rule}; {'how many runs is not published' if runs is None else f'n = {runs}'}"
 
 
 def _ranks(ranks: Mapping[str, Any]) -> Sheet:
@@ -77,9 +96,9 @@ def _ranks(ranks: Mapping[str, Any]) -> Sheet:
         [
             Cell(m["method"]),
             number(m["ours"]),
-            number(m["our_rank"], 1),
+            _rank(m["our_rank"]),
             number(m["published"]),
-            number(m["published_rank"], 1),
+            _rank(m["published_rank"]),
         ]
         for m in ranks["methods"]
     ]
@@ -106,19 +125,24 @@ def _paired(pairs: Sequence[Mapping[str, Any]]) -> Iterator[Sheet]:
         yield Sheet(f"Differences by seed: {title}", head, rows)
 
 
-def _verdict(row: Mapping[str, Any]) -> list[Cell]:
+def _rank(value: float) -> Cell:
+    """1, or 1.5 where two share it."""
+    return Cell(f"{value:g}", value)
+
+
+def _verdict(row: Mapping[str, Any], whence: str, why: str) -> list[Cell]:
     ours, best = row["ours"], row["ours_best"]
     conditions = ", ".join(f"{k} {v}" for k, v in row["conditions"].items())
-    runs = "" if row["published_runs"] is None else f"n = {row['published_runs']}, "
-    waiting = f"{row['waiting']} runs are missing" if row["waiting"] else ""
+    own = f"best {best['mean']:.2f}" if best else ""
+    n = ours["n"] if ours else 0
+    of = f" of {n + row['waiting']}" if row["waiting"] else ""
     return [
         Cell(row["method"], None, ", ".join(filter(None, [row["metric"], conditions]))),
-        number(row["published"], 2, f"{runs}{row['published_rule']}"),
-        number(ours and ours["mean"]),
-        half_width(ours and ours["half_width"], ours["n"] if ours else 0),
-        number(ours["n"] if ours else 0, 0, waiting),
+        number(row["published"], 2, whence),
+        number(ours and ours["mean"], 2, own),
+        number(ours and ours["std"]),
+        half_width(ours and ours["half_width"], n),
+        Cell(f"{n}{of}", n),
         signed(row["difference"]),
-        Cell(row["verdict"]),
-        Cell(row["why"]),
-        number(best and best["mean"], 2, NOT_A_RESULT if best else ""),
+        Cell(row["verdict"], None, why),
     ]

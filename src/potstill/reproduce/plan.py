@@ -162,9 +162,8 @@ def _weights(given: Sequence[str], trainings: Sequence[tuple[Cell, Training]]) -
             )
         if (ways := len({t for t in needed if _network(t) == network})) > 1:
             raise PotstillError(
-                f"--weights {text}: the {network} of these figures is trained in {ways} ways, plain "
-                "or with other settings, and one file is one of them; choose figures of one teacher "
-                "with --table, --pair and --methods"
+                f"--weights {text}: the {network} of these figures is trained in {ways} ways, and "
+                "one file is one of them; choose figures of one by --table, --pair and --methods"
             )
         if not os.path.exists(path) and not os.path.isdir(path.rpartition(":")[0]):
             raise StorageError(f"--weights {text}: there is no {path}; check the path")

@@ -3,11 +3,12 @@
     python benchmarks/write_results.py [--short RUN ...] [--features RUN ...] [--demo DIR] \
         [--overhead FILE ...] [--taps FILE] [--methods FILE ...] \
         [--tiny FILE ...] [--svd FILE ...] [--online RUN ...] [--together FILE ...] \
-        [--stochastic RUN ...] [--skipping FILE ...] [--cross-task RUN ...]
+        [--stochastic RUN ...] [--skipping FILE ...] [--cross-task RUN ...] \
+        [--reproduced DIR]
 
 Sections whose files are not given stay as they are. A run's small files (recipe.yaml, env.json,
 metrics.jsonl, result.json, cross_task.json) are kept under benchmarks/results/runs/, its weights
-are not.
+are not; those of `potstill reproduce`, with reproduce.json, under benchmarks/results/reproduce/.
 """
 
 from __future__ import annotations
@@ -318,6 +319,38 @@ networks can reach 6/7 of it in `dml`, whose first network predicts twice, three
 """
 
 
+def reproduced(heading: str, directory: Path) -> list[str]:
+    """What `potstill reproduce` found, as `potstill report` tells it."""
+    found = report.collect([directory])
+    (outcome,) = found.reproduced
+    runs = [run for group in found.finished for run in group.runs]
+    hours = sum((run.result or {})["seconds"] for run in runs) / 3600
+    waiting = sum(row["waiting"] for row in outcome["rows"])
+    rest = f"; {waiting} of those planned were not reached" if waiting else ""
+    times = f"{len(runs)} runs, {hours:.1f} hours of one core in all{rest}."
+    tables = report.markdown(found).replace("\n## ", "\n### ").removeprefix("## ")
+    place = directory.as_posix()
+    return [
+        f"## {heading}\n",
+        ON_REPRODUCED,
+        f"{times}\n",
+        f"### {tables}",
+        "\n".join(f"On: {p}." for p in sorted({hardware(run.environment) for run in runs})) + "\n",
+        "```bash\n"
+        + f"{outcome['command']}\npotstill report {place} --html report.html"
+        + "\n```\n",
+    ]
+
+
+ON_REPRODUCED = """\
+The SAKD table's pair by `potstill reproduce`: full CIFAR-100, the given teacher, the published
+settings shortened from 240 epochs (NORM: 241) to one, milestones with them, two runs at once on a
+thread each while other work shared the processor. A student is hardly trained in one epoch: what
+stands here is which method makes the first steps faster, and no verdict on any figure. The page
+with the plots is made by the last command.
+"""
+
+
 def skipping(files: Sequence[Path]) -> list[str]:
     """What a stochastic teacher's forward costs beside the plain one's."""
     head = ["teacher", "p_end", "one draw a", "alive", "ms plain", "time / plain", "quartiles"]
@@ -454,6 +487,7 @@ if __name__ == "__main__":
     parser.add_argument("--stochastic", type=Path, nargs="+", help="runs with stochastic teachers")
     parser.add_argument("--skipping", type=Path, nargs="+", help="of stochastic_cost.py")
     parser.add_argument("--cross-task", type=Path, nargs="+", help="runs, after cross-task")
+    parser.add_argument("--reproduced", type=Path, help="a folder of potstill reproduce")
     parser.add_argument("--together", type=Path, nargs="+", help="of online_cost.py")
     options = parser.parse_args()
     cost = "Methods: one epoch of 5,000 images, ResNet-56 to ResNet-20"
@@ -463,6 +497,7 @@ if __name__ == "__main__":
     costs = "Online: what K networks cost beside K plain runs"
     across = "Cross-task: WRN-40-1 teaches WRN-16-1 other classes of CIFAR-100"
     drawn = "Stochastic teachers: ResNet-20 on CIFAR-100 in 5 epochs"
+    table_again = "Reproduce: SAKD's table, ResNet-56 to ResNet-20, in one epoch"
     budget = "ResNet-20 on CIFAR-100 in 10 one-cycle epochs"
     made = [
         *([trainings(budget, options.short)] if options.short else []),
@@ -478,5 +513,6 @@ if __name__ == "__main__":
         *([skipping(options.skipping)] if options.skipping else []),
         *([cross_task(across, options.cross_task, ON_CROSS)] if options.cross_task else []),
         *([together(costs, ON_TOGETHER, options.together)] if options.together else []),
+        *([reproduced(table_again, options.reproduced)] if options.reproduced else []),
     ]
     RESULTS.write_text(merged(RESULTS.read_text(), ["\n".join(parts) for parts in made]))

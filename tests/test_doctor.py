@@ -20,7 +20,10 @@ from torch import nn
 
 from potstill import cli, doctor, recipe, training
 from potstill import data as datasets
-from potstill.doctor import Finding, Judgement
+from potstill.doctor import Finding
+from potstill.doctor.inputs import of_data
+from potstill.doctor.machine import of_disk, of_memory, of_out, run_bytes
+from potstill.doctor.teachers import Judgement, in_other_order, instead, near_chance
 from potstill.method import Method, Outputs, Phase, Terms, Turn
 from potstill.methods import METHODS
 from potstill.methods.vanilla import Vanilla
@@ -199,19 +202,19 @@ def test_a_class_that_no_image_is_left_of() -> None:
     data = datasets.load("digits", subset=40)
     kept = data.train.labels != 3
     train = replace(data.train, indices=data.train.indices[kept], labels=data.train.labels[kept])
-    found = only(list(doctor._of_data(replace(data, train=train))), "data", "warn")
+    found = only(list(of_data(replace(data, train=train))), "data", "warn")
     assert "no training image of 1 of them: 3" in found.said
-    assert faults(list(doctor._of_data(data))) == []
+    assert faults(list(of_data(data))) == []
 
 
 def test_images_that_are_trained_on_and_held_out() -> None:
     data = datasets.load("digits", validation=0.5)
     assert data.validation is not None
-    assert faults(list(doctor._of_data(data))) == []
+    assert faults(list(of_data(data))) == []
     train = replace(
         data.train, indices=torch.cat([data.train.indices, data.validation.indices[:2]])
     )
-    (found,) = [f for f in doctor._of_data(replace(data, train=train)) if f.level == "fail"]
+    (found,) = [f for f in of_data(replace(data, train=train)) if f.level == "fail"]
     assert found.said == "2 validation images are trained on"
 
 
@@ -311,10 +314,10 @@ def test_a_renaming_is_read_off_the_confusion() -> None:
 
 def test_near_chance_and_renamed_by_hand() -> None:
     """Of 10 classes: 20 % is the limit. Two classes: 60 %. 10^(-1/3) is 46 %."""
-    assert doctor.near_chance(19.9, 10) and not doctor.near_chance(20.1, 10)
-    assert doctor.near_chance(59.0, 2) and not doctor.near_chance(61.0, 2)
-    assert doctor.in_other_order(10.0, 47.0, 10) and not doctor.in_other_order(10.0, 45.0, 10)
-    assert not doctor.in_other_order(60.0, 65.0, 10)  # a teacher that is not very good
+    assert near_chance(19.9, 10) and not near_chance(20.1, 10)
+    assert near_chance(59.0, 2) and not near_chance(61.0, 2)
+    assert in_other_order(10.0, 47.0, 10) and not in_other_order(10.0, 45.0, 10)
+    assert not in_other_order(60.0, 65.0, 10)  # a teacher that is not very good
 
 
 def test_another_normalisation_is_fed_exactly() -> None:
@@ -322,10 +325,10 @@ def test_another_normalisation_is_fed_exactly() -> None:
     data, own, other = ([0.5], [0.25]), ([0.3], [0.5]), ([0.1], [0.2])
     net_input = [s / t for s, t in zip(data[1], own[1], strict=True)]
     image = torch.full((1, 1, 1, 1), -2.0)
-    changed = doctor._instead(data, own, other)(image)
+    changed = instead(data, own, other)(image)
     seen = changed * net_input[0] + (data[0][0] - own[0][0]) / own[1][0]
     assert seen.item() == pytest.approx(-0.5)
-    same = doctor._instead(data, data, data)(image)
+    same = instead(data, data, data)(image)
     assert torch.equal(same, image)
 
 
@@ -333,18 +336,18 @@ def test_another_normalisation_is_fed_exactly() -> None:
     ("need", "free", "level"), [(10, 21, "ok"), (10, 19, "warn"), (10, 9, "fail")]
 )
 def test_a_run_must_fit_on_the_disk(need: int, free: int, level: str) -> None:
-    assert doctor.of_disk(need, free, "runs").level == level
+    assert of_disk(need, free, "runs").level == level
 
 
 @pytest.mark.parametrize(("peak", "level"), [(80, "ok"), (81, "warn")])
 def test_a_training_must_fit_into_memory(peak: int, level: str) -> None:
-    assert doctor.of_memory(peak, 100, "cpu").level == level
+    assert of_memory(peak, 100, "cpu").level == level
 
 
 def test_the_disk_that_a_run_needs_is_what_it_writes(teacher: Path) -> None:
     """Two checkpoints are left; with the third one and 2 kB a record it is never more."""
     loaded = recipe.load("digits/vanilla", ["data.subset=40", "epochs=2"])
-    need = doctor.run_bytes(training.assemble(loaded))
+    need = run_bytes(training.assemble(loaded))
     left = [p.stat().st_size for p in teacher.rglob("*") if p.is_file()]
     assert sum(left) < need < 2 * sum(left)
 
@@ -352,9 +355,9 @@ def test_the_disk_that_a_run_needs_is_what_it_writes(teacher: Path) -> None:
 def test_a_folder_that_cannot_be_written_fails(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     job = training.assemble(kd(teacher))
-    (found,) = doctor._of_disk(job, tmp_path / "file" / "run")
+    (found,) = of_out(job, tmp_path / "file" / "run")
     assert found.level == "fail"
-    (found,) = doctor._of_disk(job, tmp_path / "new" / "run")
+    (found,) = of_out(job, tmp_path / "new" / "run")
     assert found.level == "ok" and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 

@@ -27,8 +27,8 @@ SMALL = ("data.name=digits", "data.subset=64", "data.batch_size=32", "evaluate_e
 
 
 def planned(out: Path, methods: str = "vanilla,kd", **settings: Any) -> Plan:
-    settings.setdefault("table", "2")
-    return reproduce.make("sakd", out, pair=PAIR, methods=methods.split(","), **settings)
+    settings = {"table": "2", "methods": methods.split(","), **settings}
+    return reproduce.make("sakd", out, pair=PAIR, **settings)
 
 
 def labels(plan: Plan) -> list[str]:
@@ -59,6 +59,16 @@ def test_what_two_figures_need_is_trained_once(tmp_path: Path) -> None:
     }
     assert labels(plan) == ["teacher resnet56, seed 0", "KD, resnet56 -> resnet20, seed 0"]
     assert {row.setting for row in plan.rows} == set(plan.settings)
+
+
+def test_figures_beside_those_asked_for_are_left_out_and_said(tmp_path: Path) -> None:
+    """The table has fifteen rows of the pair, MGD's of them without a figure."""
+    plan = planned(tmp_path, "vanilla,kd,mgd")
+    reasons = {cell.method: because for cell, because in plan.left_out}
+    assert len(plan.rows) == 2 and len(reasons) == 13
+    assert reasons.pop("MGD") == "the table has no figure there"
+    assert set(reasons.values()) == {"not among the methods that were asked for"}
+    assert not planned(tmp_path, "vanilla,kd", methods=None).left_out[1:]
 
 
 def test_a_student_is_taught_by_the_run_that_the_plan_makes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from potstill import distributed
 from potstill.errors import DataError, MethodError, did_you_mean
-from potstill.method import Batch, Method, Phase, Progress, Turn, Update, of_sum
+from potstill.method import Batch, Method, Phase, Progress, Update, of_sum
 from potstill.optim import OptimizerPlan
 from potstill.seeds import seed_of
 
@@ -232,8 +232,7 @@ def train_step(
     all_terms: dict[str, Tensor] = {}
     out: Any = None
     for t, turn in enumerate(phase.turns):
-        torch.manual_seed(seed_of(seed, phase.name, progress.epoch, progress.step, t))
-        out = _forward(turn, batch, progress, out)
+        out = forward_turn(phase, t, batch, progress, seed, out)
         gradients = []
         for u, update in enumerate(turn.updates):
             terms = update.loss(out)
@@ -263,9 +262,16 @@ def train_step(
     return all_terms
 
 
-def _forward(turn: Turn[Any], batch: Batch, progress: Progress, previous: Any) -> Any:
+def forward_turn(
+    phase: Phase, t: int, batch: Batch, progress: Progress, seed: int, previous: Any
+) -> Any:
+    """The forward of a phase's turn `t`, given the turn before it; its random draws are the step's.
+
+    Raises MethodError where BatchNorm finds one value a channel.
+    """
+    torch.manual_seed(seed_of(seed, phase.name, progress.epoch, progress.step, t))
     try:
-        return turn.forward(batch, progress, previous)
+        return phase.turns[t].forward(batch, progress, previous)
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):
             raise
@@ -407,29 +413,37 @@ class Training:
             return torch.randperm(len(data.indices), generator=generator)
         return phase.order(data, epoch, generator)
 
-    def _run_epoch(self) -> Iterator[Moment]:
-        phase, data = self.phase, self.method.data
-        length = self.lengths[self.phase_index]
-        epoch, start = divmod(self.step, length.steps_per_epoch)
+    def first_batch(self) -> Batch:
+        """The very first batch of the phase at hand, augmented as it will be."""
+        return next(self._batches(0))
+
+    def _batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Of an epoch of the phase at hand, from its batch `start` on."""
+        phase, data, images = self.phase, self.method.data, self.lengths[self.phase_index].images
         positions = self._positions(phase, epoch)
-        if len(positions) != length.images:
+        if len(positions) != images:
             raise MethodError(
                 f"epoch {epoch} of phase '{phase.name}' has {len(positions)} images and epoch 0 "
-                f"has {length.images}; a phase's order must give the same number every epoch"
+                f"has {images}; a phase's order must give the same number every epoch"
             )
         views = torch.Generator().manual_seed(
             seed_of(self.pace.seed, "views", self.phase_index, epoch)
         )
+        return self.images.batches(positions, views, data.batch_size, start, data.drop_last)
+
+    def _run_epoch(self) -> Iterator[Moment]:
+        phase, length = self.phase, self.lengths[self.phase_index]
+        epoch, start = divmod(self.step, length.steps_per_epoch)
+        batches = self._batches(epoch, start)
         if start == 0:
             self.sums, self.summed = {}, 0
         for net in self.stochastic.values():
             net.sampled = False
         self.method.train()
-        for batch in self.images.batches(positions, views, data.batch_size, start, data.drop_last):
+        for batch in batches:
             progress = Progress(epoch, self.step, self.steps, phase.epochs)
-            lr = self._set_rates()
-            for name, net in self.stochastic.items():
-                net.seed(self._draw_seed(name, self.step))
+            lr = self.set_rates()
+            self.seed_draws(self.step)
             try:
                 terms = train_step(phase, self.optimizers, batch, progress, self.pace.seed)
             finally:
@@ -460,6 +474,11 @@ class Training:
                 f"epoch {epoch} ended after step {self.step}, not "
                 f"{(epoch + 1) * length.steps_per_epoch}: the data gave fewer batches than it has"
             )
+
+    def seed_draws(self, step: int) -> None:
+        """Seed every stochastic network for a step of the phase at hand."""
+        for name, net in self.stochastic.items():
+            net.seed(self._draw_seed(name, step))
 
     def _draw_seed(self, name: str, step: int) -> int:
         """Of the sub-network that a network is in a step: all its turns run the same one."""
@@ -497,7 +516,11 @@ class Training:
             own.copy_(mean)
         return dict(zip(terms, means[len(statistics) :], strict=True))
 
-    def _set_rates(self) -> dict[str, float]:
+    def set_rates(self) -> dict[str, float]:
+        """Give every optimiser the rate of the step at hand; by update.
+
+        One whose schedule starts anew there forgets its state.
+        """
         rates, length = {}, self.pace.lengths[self.phase.name]
         for name, optimizer in self.optimizers.items():
             plan = self.plans[name]

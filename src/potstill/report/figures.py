@@ -154,9 +154,8 @@ def terms(looks: Looks) -> Plot | None:
         data = []
         for i, name in enumerate(names):
             points = _by_epoch(runs, _term(name))
-            data.append(
-                Look(name, i).trace(**_means(points), mode="lines", line=Look(name, i).line)
-            )
+            mode = "lines" if len(points) > 1 else "lines+markers"  # one point makes no line
+            data.append(Look(name, i).trace(**_means(points), mode=mode, line=Look(name, i).line))
         if data:
             variants.append(
                 Variant(entry, data, _layout("epoch", "loss term", _phases(runs), data))

@@ -18,6 +18,7 @@ from potstill.run import Run
 
 TOLERANCE = 0.5
 """Points between our mean and the published figure that still count as a match."""
+NOT_ASKED_FOR = "not among the methods that were asked for"
 OF_THE_MACHINE = (
     "data.root", "data.workers", "device", "precision", "compile", "channels_last",
     "evaluate_every",
@@ -71,7 +72,7 @@ class Plan:
     settings: Mapping[str, Setting]
     rows: Sequence[Row]
     left_out: Sequence[tuple[Cell, str]]
-    """Figures that no training here makes, and why."""
+    """Figures of the same tables and pairs that are not made again, and why."""
     seeds: tuple[int, ...]
     changed: tuple[str, ...]
     """Overrides that make the runs others than the published ones."""
@@ -123,7 +124,8 @@ def make(
     published = papers.load(paper)
     trainings: list[tuple[Cell, Training]] = []
     left_out = []
-    for cell in published.select(table, pair, methods):
+    chosen = published.select(table, pair, methods)
+    for cell in chosen:
         origin = published.origin(cell)
         if isinstance(origin, Absent):
             left_out.append((cell, origin.because))
@@ -132,6 +134,13 @@ def make(
     if not trainings:
         reasons = "; ".join(dict.fromkeys(because for _, because in left_out))
         raise PotstillError(f"no training here makes these figures: {reasons}")
+    if methods is not None:
+        beside = {(cell.table, cell.teacher, cell.student) for cell in chosen}
+        left_out += [
+            (cell, NOT_ASKED_FOR)
+            for cell in published.select(table, pair)
+            if cell not in chosen and (cell.table, cell.teacher, cell.student) in beside
+        ]
     maker = _Maker(out, epochs, overrides, _weights(weights, trainings))
     rows = [maker.row(cell, training, tuple(range(seeds))) for cell, training in trainings]
     keys = {o: o.partition("=")[0] for o in overrides}

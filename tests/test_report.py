@@ -263,7 +263,9 @@ def test_differences_are_over_shared_seeds_and_say_so(tmp_path):
     found = collect([tmp_path])
     (difference,) = found.differences
     assert (difference.paired.mean, difference.paired.seeds) == (2.0, (1,))
-    assert warned(found, "has seeds 1, 2, and vanilla resnet8 0, 1: their difference is over 1")
+    assert warned(
+        found, "has seeds 1, 2 and vanilla resnet8 seeds 0, 1: their difference is over seed 1"
+    )
 
 
 @pytest.mark.parametrize(

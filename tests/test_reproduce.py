@@ -494,9 +494,10 @@ def test_a_stopped_reproduce_goes_on_without_repeating(
 
 
 def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
-    first = started(tmp_path, *LONG)
+    endless = ("--seeds", "1", "--epochs", "20000", *SMALL)
+    first = started(tmp_path, *endless)
     wait_for(lambda: (tmp_path / "reproduce.json").exists(), first)
-    second = started(tmp_path, *LONG)
+    second = started(tmp_path, *endless)
     output, _ = second.communicate(timeout=120)
     assert second.returncode == 2 and "Traceback" not in output
     assert f"another reproduce is at work in {tmp_path}" in output

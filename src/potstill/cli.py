@@ -338,6 +338,8 @@ def reproduce(
         overrides=overrides or (),
         tolerance=tolerance,
     )
+    if not dry_run:
+        reproduce.require_alone(plan)  # before it is disturbed by measuring
     with console.status("measuring a few steps") as status:
         cost = reproduce.estimate(plan, jobs, lambda line: status.update(line))
     console.print(reproduce.table(plan, cost))
@@ -345,6 +347,8 @@ def reproduce(
         console.print(line, markup=False, highlight=False)
     if dry_run:
         return
+    if cost.faults and not cost.seconds:
+        raise PotstillError(f"none of these runs can start: {next(iter(cost.faults.values()))}")
     fault = None
     try:
         reproduce.carry_out(plan, jobs, console, command)

@@ -428,12 +428,12 @@ def _seeds_not_shared(found: Iterable[Difference]) -> Iterator[str]:
     for d in found:
         ours, theirs = sorted(d.group.accuracies), sorted(d.baseline.accuracies)
         if ours != theirs:
-            shared = _listed(d.paired.seeds) if d.paired else "none"
+            shared = _seeds(d.paired.seeds) if d.paired else "no seed at all"
             yield (
-                f"{d.group.name} has seeds {_listed(ours)}, and {d.baseline.name} "
-                f"{_listed(theirs)}: their difference is over {shared}"
+                f"{d.group.name} has {_seeds(ours)} and {d.baseline.name} {_seeds(theirs)}: their "
+                f"difference is over {shared}"
             )
 
 
-def _listed(seeds: Iterable[int]) -> str:
-    return ", ".join(map(str, seeds))
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"

@@ -12,7 +12,7 @@ A run that has finished is never repeated and one that was interrupted continues
 name follows from the settings of its runs. One `reproduce` at a time works in OUT.
 """
 
-from potstill.reproduce.carry_out import Estimate, RunsFailed, carry_out, estimate
+from potstill.reproduce.carry_out import Estimate, RunsFailed, carry_out, estimate, require_alone
 from potstill.reproduce.outcome import outcome
 from potstill.reproduce.plan import Plan, make
 from potstill.reproduce.words import remarks, table
@@ -26,5 +26,6 @@ __all__ = [
     "make",
     "outcome",
     "remarks",
+    "require_alone",
     "table",
 ]

@@ -93,6 +93,20 @@ def threads_of(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
+def require_alone(plan: Plan) -> None:
+    """Raises PotstillError where another process is at work in the plan's folder."""
+    if (plan.out / LOCK).exists():
+        with locked(plan.out / LOCK, _at_work(plan)):
+            pass
+
+
+def _at_work(plan: Plan) -> str:
+    return (
+        f"another reproduce is at work in {plan.out}, or a run that it has started; wait for it, "
+        "stop it, or choose another folder with --out"
+    )
+
+
 def carry_out(plan: Plan, jobs: int, console: Console, command: Sequence[str]) -> None:
     """Train what is missing, and keep beside the runs what they are for.
 
@@ -103,11 +117,7 @@ def carry_out(plan: Plan, jobs: int, console: Console, command: Sequence[str]) -
         plan.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.storage_error(plan.out, "made", error) from error
-    message = (
-        f"another reproduce is at work in {plan.out}, or a run that it has started; wait for it, "
-        "stop it, or choose another folder with --out"
-    )
-    with locked(plan.out / LOCK, message) as lock:
+    with locked(plan.out / LOCK, _at_work(plan)) as lock:
         record(plan, command)
         missing = plan.missing
         failed = (

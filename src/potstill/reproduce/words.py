@@ -7,7 +7,6 @@ from collections import Counter
 from rich.table import Table
 
 from potstill.display import duration
-from potstill.errors import first_line
 from potstill.reproduce.carry_out import Estimate
 from potstill.reproduce.plan import Plan
 from potstill.run import Run
@@ -61,13 +60,14 @@ def remarks(plan: Plan, cost: Estimate, jobs: int) -> list[str]:
         lines.append(f"changed settings, so none is a verdict: {', '.join(plan.changed)}")
     left_out = Counter(because for _, because in plan.left_out)
     lines += [f"left out ({count}): {because}" for because, count in left_out.items()]
-    lines += [
-        f"not tried: {plan.settings[name].label}: {first_line(Exception(fault))}"
-        for name, fault in cost.faults.items()
-    ]
+    by_fault: dict[str, list[str]] = {}
+    for name, fault in cost.faults.items():
+        by_fault.setdefault(fault, []).append(plan.settings[name].label)
+    lines += [f"not tried: {'; '.join(names)}: {fault}" for fault, names in by_fault.items()]
     if not missing:
         lines.append("nothing is missing")
     else:
         at_once = f", {jobs} at once" if jobs > 1 else ""
-        lines.append(f"{len(missing)} runs to do{at_once}: about {duration(cost.left)}")
+        about = f": about {duration(cost.left)}" if cost.seconds else ""
+        lines.append(f"{len(missing)} run{'s' if len(missing) > 1 else ''} to do{at_once}{about}")
     return lines

@@ -344,10 +344,10 @@ def reproduced(heading: str, directory: Path) -> list[str]:
 
 ON_REPRODUCED = """\
 The SAKD table's pair by `potstill reproduce`: full CIFAR-100, the given teacher, the published
-settings shortened from 240 epochs (NORM: 241) to one, milestones with them, two runs at once on a
-thread each while other work shared the processor, interrupted and continued. A student is hardly trained in one epoch: what
-stands here is which method makes the first steps faster, and no verdict on any figure. The page
-with the plots is made by the last command.
+settings shortened from 240 epochs to one, milestones with them, two runs at once on a thread each
+while other work shared the processor, interrupted and continued. A student is hardly trained in
+one epoch: what stands here is which method makes the first steps faster, and no verdict on any
+figure. The page with the plots is made by the last command.
 """
 
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from potstill import recipe, report
 from potstill.display import duration
+from potstill.report.page import command_of
 from potstill.run import Run
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
@@ -44,13 +44,6 @@ def hardware(environment: Mapping[str, Any]) -> str:
     """Where it ran, in one line."""
     keys = ("cpu", "cores", "threads", "device", "precision", "torch", "python")
     return ", ".join(f"{k} {environment[k]}" for k in keys if k in environment)
-
-
-def command_of(run: Run) -> str:
-    """The command line that started a run."""
-    program, *words = run.environment["command"]
-    name = Path(program).name
-    return shlex.join(["potstill" if name == "__main__.py" else name, *words])
 
 
 def finished(directory: Path) -> tuple[Run, dict[str, Any]]:

@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 SHARED = "shared"
 """The key of an epochs mapping whose number all phases share before the named ones replace it."""
 
+ELSEWHERE = ("device", "data.root", "data.workers")
+"""Keys that say where a training is carried out; it is the same one there."""
+
 _FOLDER = Path(__file__).parent / "recipes"
 _SUFFIXES = (".yaml", ".yml")
 _OWN_CODE = "py:"  # begins the name of a network that a function of one's own makes

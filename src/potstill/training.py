@@ -28,7 +28,7 @@ from potstill.models import weights as model_weights
 from potstill.models.outside import PREFIXES
 from potstill.net import Net, Predictor, own_statistics
 from potstill.optim import OPTIMIZERS, SCHEDULES, OptimizerPlan
-from potstill.recipe import PRETRAINED, Recipe, loads, phase_epochs
+from potstill.recipe import ELSEWHERE, PRETRAINED, Recipe, loads, phase_epochs
 from potstill.run import Run, describe_environment, differences
 from potstill.seeds import seed_of
 from potstill.stochastic_depth import stochastic
@@ -377,7 +377,7 @@ def _require_same_recipe(run: Run, recipe: Recipe) -> None:
     changes = [
         f"{k} is {old.get(k)} there and {new.get(k)} here"
         for k in {**old, **new}
-        if old.get(k) != new.get(k) and k not in ("device", "data.root", "data.workers")
+        if old.get(k) != new.get(k) and k not in ELSEWHERE
     ]
     if not changes:
         return

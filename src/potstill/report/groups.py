@@ -15,7 +15,7 @@ from potstill.comparison import Paired, paired
 from potstill.data import DATASETS
 from potstill.errors import PotstillError, first_line
 from potstill.methods import METHODS
-from potstill.recipe import Recipe, loads, phase_epochs
+from potstill.recipe import ELSEWHERE, Recipe, loads, phase_epochs
 from potstill.run import RECIPE, Run, differences
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ K = TypeVar("K", bound=Hashable)
 REPRODUCED = "reproduce.json"
 NEEDED = ("scores", "best_epoch", "teachers", "parameters", "seconds", "images_per_second")
 CHANCES = 2.0  # times chance, below which a teacher knows next to nothing
-APART = ("seed", "device", "data.root", "data.workers")
+APART = ("seed", *ELSEWHERE)
 """Settings in which the runs of one group may differ: they leave the training the same."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from potstill import comparison, files, papers
 from potstill.errors import PotstillError, StorageError
-from potstill.reproduce.plan import Plan
+from potstill.reproduce.plan import Plan, shortened
 from potstill.run import Run
 
 RECORD = "reproduce.json"
@@ -69,18 +69,18 @@ def outcome(directory: Path) -> dict[str, Any]:
     paper = papers.load(kept["paper"])
     figures = _Figures(directory, kept)
     rows = [_row(row, paper, figures, kept) for row in kept["rows"]]
-    shortened = dict.fromkeys(r["shortened"] for r in rows if r["shortened"])
+    every = dict.fromkeys(r["shortened"] for r in rows if r["shortened"])
     return {
         "paper": paper.name,
         "title": paper.title,
         "command": kept["command"],
         "tolerance": kept["tolerance"],
         "confidence": comparison.CONFIDENCE,
-        "shortened": ", ".join(shortened) or None,
+        "shortened": ", ".join(every) or None,
         "changed": kept["changed"],
         "rows": rows,
         "ranks": _ranks(rows),
-        "paired": _paired(rows, figures),
+        "paired": _paired(rows),
         "left_out": _left_out(kept["left_out"]),
     }
 
@@ -147,11 +147,9 @@ def _row(
         place = row["score"].rpartition(".")[0]
         if "/" not in place and not row["score"].endswith(".best"):
             best = comparison.summary(list(figures.of(row, f"{place}.best").values()))
-    shortened = ""
-    if setting is not None and setting["epochs"] != setting["published_epochs"]:
-        shortened = f"{setting['epochs']} of {setting['published_epochs']} epochs"
+    short = shortened(setting["epochs"], setting["published_epochs"]) if setting is not None else ""
     reasons = [
-        *([shortened] if shortened else []),
+        *([short] if short else []),
         *([f"settings were changed: {', '.join(kept['changed'])}"] if kept["changed"] else []),
         *([row["doubt"]] if row["doubt"].startswith("suspect") else []),
     ]
@@ -172,7 +170,7 @@ def _row(
         "difference": ours.mean - published if ours else None,
         "verdict": verdict,
         "why": "; ".join(reasons) or _why(verdict, ours, kept["tolerance"]),
-        "shortened": shortened,
+        "shortened": short,
         "runs": [str(figures.directory / row["setting"] / f"seed{k}") for k in by_seed]
         if setting is not None
         else [],
@@ -232,7 +230,7 @@ def _ranks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _paired(rows: Sequence[Mapping[str, Any]], figures: _Figures) -> list[dict[str, Any]]:
+def _paired(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every method's difference to plain training, or to the first, over the seeds of both."""
     found = []
     for title, those in _groups(rows).items():

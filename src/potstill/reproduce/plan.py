@@ -7,23 +7,26 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from potstill import files, papers
 from potstill import recipe as recipes
 from potstill.errors import PotstillError, StorageError
 from potstill.papers import Absent, Cell, Training
-from potstill.recipe import Recipe
+from potstill.recipe import ELSEWHERE, Recipe
 from potstill.run import Run
 
 TOLERANCE = 0.5
 """Points between our mean and the published figure that still count as a match."""
 NOT_ASKED_FOR = "not among the methods that were asked for"
-OF_THE_MACHINE = (
-    "data.root", "data.workers", "device", "precision", "compile", "channels_last",
-    "evaluate_every",
-)  # fmt: skip
+OF_THE_MACHINE = (*ELSEWHERE, "precision", "compile", "channels_last", "evaluate_every")
 """Overrides that leave a run comparable: where and how fast it runs, not what is trained."""
+
+
+def shortened(epochs: int, published: int) -> str:
+    """ "10 of 240 epochs", or "" where all are trained."""
+    return "" if epochs == published else f"{epochs} of {published} epochs"
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,8 @@ class Setting:
 
     @property
     def shortened(self) -> str:
-        """ "10 of 240 epochs", or "" where all are trained."""
-        if self.epochs == self.published_epochs:
-            return ""
-        return f"{self.epochs} of {self.published_epochs} epochs"
+        """See `shortened`."""
+        return shortened(self.epochs, self.published_epochs)
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def _weights(given: Sequence[str], trainings: Sequence[tuple[Cell, Training]]) -
     return found
 
 
+@cache
 def _network(teacher: Training) -> str:
     return recipes.load(teacher.recipe, teacher.overrides).students[0].name
 
@@ -243,7 +245,9 @@ class _Maker:
     def _name(self, recipe: Recipe) -> str:
         """The same for the same training, wherever its data and its teacher's weights lie."""
         plain = recipe.model_dump(mode="json")
-        del plain["seed"], plain["device"], plain["data"]["root"], plain["data"]["workers"]
+        for key in ("seed", *ELSEWHERE):
+            part, _, last = key.rpartition(".")
+            del (plain[part] if part else plain)[last]
         for teacher in plain["teachers"]:
             teacher["weights"] = self.identities.get(teacher["weights"], teacher["weights"])
         digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]

@@ -10,37 +10,16 @@ import statistics
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from potstill import cli
 from potstill.files import save_tensors
 from potstill.run import Run
 
 Potstill = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def potstill(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Potstill]:
-    """Run a command in an empty folder; (exit code, output, errors)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["potstill", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output, errors = capfd.readouterr()
-        assert "Traceback" not in errors
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), output, errors
-
-    yield run
 
 
 SHORT = ("digits/vanilla", "epochs=2", "data.subset=40")

@@ -6,9 +6,9 @@ import io
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from potstill import cli, doctor, recipe, training
 from potstill import data as datasets
+from potstill import doctor, recipe, training
 from potstill.doctor import Finding
 from potstill.doctor.inputs import of_data
 from potstill.doctor.machine import of_disk, of_memory, of_out, run_bytes
@@ -379,23 +379,9 @@ Doctor = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Doctor]:
+def command(potstill: Doctor) -> Doctor:
     """`potstill doctor` in an empty folder; (exit code, output, errors)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["potstill", "doctor", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        output, errors = capfd.readouterr()
-        assert "Traceback" not in errors
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), output, errors
-
-    yield run
+    return partial(potstill, "doctor")
 
 
 def test_the_command_says_what_is_well_and_writes_nothing(

@@ -28,9 +28,7 @@ from potstill.models import build
 from potstill.models.weights import Weights
 from potstill.net import Net
 from potstill.run import Run
-from tests.test_cli import Potstill, potstill
-
-__all__ = ["potstill"]  # the fixture
+from tests.test_cli import Potstill
 
 
 def digits_net(classes: int) -> Net:

@@ -469,6 +469,95 @@ def _size(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+store = typer.Typer(
+    help="Kept outputs of teachers: what there is, whether it is whole, and its removal.",
+    no_args_is_help=True,
+)
+app.add_typer(store, name="store")
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="STORE", help="Some by name; without, all.")
+]
+StoreRoot = Annotated[
+    Path | None, typer.Option(help="Where they are: store.root of recipes, else below the cache.")
+]
+
+
+@store.command()
+def info(
+    names: Names = None,
+    root: StoreRoot = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the run whose hit rate is told.")] = 240,
+    as_json: Annotated[bool, typer.Option("--json", help="An array of objects.")] = False,
+) -> None:
+    """How full each store is, and the hit rate to expect of the next run like the last."""
+    from potstill import teacher_store
+
+    root = root or teacher_store.default_root()
+    found = teacher_store.find(root, names or ())
+    if as_json:
+        print(json.dumps(teacher_store.as_objects(found, epochs), indent=2))
+    elif not found:
+        print(f"no store in {root}; store=true in a recipe begins one")
+    else:
+        print("\n".join(teacher_store.describe(found, epochs)))
+
+
+@store.command()
+def verify(names: Names = None, root: StoreRoot = None) -> None:
+    """Compare every row with its checksum; exit code 3 if one is damaged."""
+    from potstill import teacher_store
+
+    root, wrong = root or teacher_store.default_root(), 0
+    for found in teacher_store.find(root, names or ()):
+        rows = 0
+        for path, count, damaged in teacher_store.verify(found):
+            rows += count
+            if damaged:
+                wrong += 1
+                print(f"{path}: {damaged:,} of {count:,} rows are damaged")
+        for fault in found.faults.values():
+            wrong += 1
+            print(fault)
+        print(f"{found.folder.name}: {rows:,} rows read")
+    if wrong:
+        print(
+            "what is damaged is computed anew when it is needed; `potstill store prune --damaged` "
+            "deletes these files"
+        )
+        raise typer.Exit(EXIT_STORAGE)
+
+
+@store.command()
+def prune(
+    names: Names = None,
+    root: StoreRoot = None,
+    every: Annotated[bool, typer.Option("--all", help="Every store.")] = False,
+    days: Annotated[
+        float | None, typer.Option(min=0, help="Those not written to for so many days.")
+    ] = None,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Only files with damaged rows.")
+    ] = False,
+) -> None:
+    """Delete stores: some by name, those of long ago, or --all; or their damaged files alone."""
+    import time
+
+    from potstill import files, teacher_store
+
+    if not (names or every or days is not None or damaged):
+        raise PotstillError("name the stores to delete, or give --days N, --damaged or --all")
+    total = 0
+    for found in teacher_store.find(root or teacher_store.default_root(), names or ()):
+        if days is not None and time.time() - found.used < days * 86400:
+            continue
+        gone, freed = teacher_store.prune(found, damaged)
+        total += freed
+        for path in gone:
+            print(f"deleted: {path}")
+    print(f"{files.in_bytes(total)} freed")
+
+
 @app.command()
 def schema() -> None:
     """The JSON schema of a recipe, for editors and checks."""

@@ -15,6 +15,10 @@ from potstill.errors import DataError, MethodError, did_you_mean
 from potstill.method import Batch, Method, Phase, Progress, Update, of_sum
 from potstill.optim import OptimizerPlan
 from potstill.seeds import seed_of
+from potstill.stopwatch import part
+
+VERSIONS = 4
+"""Of a compiled network: with gradients and without, whole batches and the last one."""
 
 
 class TrainingImages(Protocol):
@@ -182,9 +186,17 @@ def compile_networks(method: Method) -> None:
     functorch_config.donated_buffer = False
     # or what was compiled for one network's taps would serve another network of that architecture
     dynamo_config.skip_nnmodule_hook_guards = False
+    # all networks share the code of Net.forward, of which the compiler keeps so many versions; the
+    # next one would silently run as it is
+    wanted = VERSIONS * len(method.by_name)
+    dynamo_config.recompile_limit += wanted
+    dynamo_config.accumulated_recompile_limit += wanted
     for net in method.by_name.values():
         if not net.samples:  # what runs of a sub-network is another graph in every step
-            net.compile()
+            teaches = any(net is teacher for teacher in method.teachers)
+            # weights that never change become constants: BatchNorm goes into the convolutions. Not
+            # of a student, whose weights of that moment would stay where no gradient is taken
+            net.compile(options={"freezing": True} if teaches else None)
 
 
 def require_storable(method: Method) -> None:
@@ -232,10 +244,12 @@ def train_step(
     all_terms: dict[str, Tensor] = {}
     out: Any = None
     for t, turn in enumerate(phase.turns):
-        out = forward_turn(phase, t, batch, progress, seed, out)
+        with part("student"):
+            out = forward_turn(phase, t, batch, progress, seed, out)
         gradients = []
         for u, update in enumerate(turn.updates):
-            terms = update.loss(out)
+            with part("loss"):
+                terms = update.loss(out)
             if not terms:
                 raise MethodError(
                     f"update '{update.name}' has no term; give one of its weights a value above 0"
@@ -247,15 +261,17 @@ def train_step(
                         "term is a scalar: take the mean over images in the loss"
                     )
             final = turn is phase.turns[-1] and u == len(turn.updates) - 1
-            if (final or update.last) and update.gradients is of_sum:  # frees activations
-                found = of_sum(terms, update.parameters, progress, retain_graph=False)
-            else:
-                found = update.gradients(terms, update.parameters, progress)
+            with part("backward"):
+                if (final or update.last) and update.gradients is of_sum:  # frees activations
+                    found = of_sum(terms, update.parameters, progress, retain_graph=False)
+                else:
+                    found = update.gradients(terms, update.parameters, progress)
             gradients.append(found)
             for name, term in terms.items():
                 all_terms[f"{update.name}.{name}" if several else name] = term.detach()
-        for update, found in zip(turn.updates, gradients, strict=True):
-            _step(optimizers[update.name], update.parameters, found)
+        with part("optimizer"):
+            for update, found in zip(turn.updates, gradients, strict=True):
+                _step(optimizers[update.name], update.parameters, found)
         if turn.after_step is not None:
             with torch.no_grad():
                 turn.after_step(out)
@@ -311,8 +327,15 @@ class Training:
     pace, continues it bit for bit on the same machine.
     """
 
-    def __init__(self, method: Method, images: TrainingImages, pace: Pace) -> None:
-        self.method, self.images, self.pace = method, images, pace
+    def __init__(
+        self,
+        method: Method,
+        images: TrainingImages,
+        pace: Pace,
+        supply: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
+    ) -> None:
+        """`supply` is given the batches of an epoch or a preparation, and gives them on."""
+        self.method, self.images, self.pace, self.supply = method, images, pace, supply
         self.phases = list(method.phases())
         check(method, pace)
         for net in (*method.nets, *method.teachers):
@@ -370,7 +393,7 @@ class Training:
         torch.manual_seed(seed_of(self.pace.seed, self.phase.name, "prepare"))
         self.method.eval()
         with torch.no_grad():
-            prepare(self.images.clean(self.method.data.batch_size))
+            prepare(self.supply(self.images.clean(self.method.data.batch_size)))
         distributed.broadcast_(self.method)
 
     def _begin_phase(self) -> None:
@@ -429,7 +452,8 @@ class Training:
         views = torch.Generator().manual_seed(
             seed_of(self.pace.seed, "views", self.phase_index, epoch)
         )
-        return self.images.batches(positions, views, data.batch_size, start, data.drop_last)
+        size, drop_last = data.batch_size, data.drop_last
+        return self.supply(self.images.batches(positions, views, size, start, drop_last))
 
     def _run_epoch(self) -> Iterator[Moment]:
         phase, length = self.phase, self.lengths[self.phase_index]
@@ -440,7 +464,11 @@ class Training:
         for net in self.stochastic.values():
             net.sampled = False
         self.method.train()
-        for batch in batches:
+        while True:
+            with part("data"):
+                batch = next(batches, None)
+            if batch is None:
+                break
             progress = Progress(epoch, self.step, self.steps, phase.epochs)
             lr = self.set_rates()
             self.seed_draws(self.step)

@@ -46,6 +46,19 @@ def storage_error(path: str | Path, verb: str, error: OSError) -> StorageError:
     return StorageError(f"{path} cannot be {verb}: {reason}; {remedy}")
 
 
+def in_bytes(count: float) -> str:
+    """In words.
+
+    >>> in_bytes(512), in_bytes(3_200_000), in_bytes(150e9)
+    ('512 B', '3.2 MB', '150 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
+
+
 def sync_folder(folder: str | Path) -> None:
     """Make the names in a folder survive a power cut. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)

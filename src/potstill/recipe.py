@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 SHARED = "shared"
 """The key of an epochs mapping whose number all phases share before the named ones replace it."""
 
-ELSEWHERE = ("device", "data.root", "data.workers")
+ELSEWHERE = ("device", "data.root", "data.workers", "store.root", "store.gb")
 """Keys that say where a training is carried out; it is the same one there."""
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -301,6 +301,19 @@ def _some(optimizers: dict[str, Optimizer]) -> dict[str, Optimizer]:
     return optimizers
 
 
+class Store(Part):
+    """Teachers' outputs, kept on the disk and read by every later run that needs the same ones."""
+
+    root: str | None = None
+    """Folder; null: the folder teachers below POTSTILL_CACHE."""
+    top_k: Count | None = None
+    """Logits kept of each image, with the mass of the others; null: all."""
+    bits: Literal[16, 32] = 16
+    """Of each number. What was computed in half precision is kept as it is by 16."""
+    gb: Annotated[float, Gt(0)] = 20.0
+    """What the outputs that a training needs may take on the disk."""
+
+
 class Recipe(Part):
     """Everything that determines a training."""
 
@@ -326,6 +339,8 @@ class Recipe(Part):
     seed: Annotated[int, Ge(0)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the device has it, unless the method differentiates images."""
+    store: Store | None = None
+    """Whether teachers' outputs are kept and read: true, false, or a mapping."""
     compile: bool = False
     channels_last: bool = True
     evaluate_every: Count = 1
@@ -800,6 +815,8 @@ def _expanded(raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("students", "teachers"):
         if isinstance(raw.get(key), list):
             raw[key] = [named(v) for v in raw[key]]
+    if isinstance(raw.get("store"), bool):
+        raw["store"] = {} if raw["store"] else None
     if isinstance(raw.get("optimizers"), dict):
         raw["optimizers"] = {k: optimizer(v) for k, v in raw["optimizers"].items()}
     return raw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from potstill import anatomy, distributed, engine, memory
+from potstill import anatomy, distributed, engine, memory, teacher_store
 from potstill import data as datasets
 from potstill.errors import MethodError, NetworkError, PotstillError
 from potstill.evaluate import Predictions, Scores, agreement, evaluate, predict, reliability, scores
@@ -77,6 +78,8 @@ class Assembled:
     """The students' architectures, or where their classes come from; likewise the teachers'."""
     teacher_names: Sequence[str]
     evaluate_every: int = 1
+    store: teacher_store.Stored | None = None
+    """Kept outputs of the teachers, where a recipe asks for them."""
 
     @property
     def method(self) -> Method:
@@ -101,7 +104,7 @@ class Assembled:
     @property
     def precision(self) -> str:
         """What networks are autocast to: "bfloat16" or "float32"."""
-        return str(self.pace.precision or torch.float32).removeprefix("torch.")
+        return _in_full(self.pace.precision)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -130,6 +133,11 @@ def assemble(recipe: Recipe, report: Callable[[str], None] | None = None) -> Ass
         for i, network in enumerate(recipe.teachers)
     ]
     return put_together(recipe, data, students, taught, device)
+
+
+def _in_full(precision: torch.dtype | None) -> str:
+    """ "bfloat16" or "float32"."""
+    return str(precision or torch.float32).removeprefix("torch.")
 
 
 def load_data(recipe: Recipe, device: torch.device) -> datasets.Data:
@@ -172,15 +180,43 @@ def put_together(
         if recipe.precision == "auto" and method.needs_input_gradient  # bf16 turns these
         else choose_precision(recipe.precision, device),
     )
+    store = _store(recipe, method, data, pace, [n.name for n in recipe.teachers])
     return Assembled(
-        engine.Training(method, data.train, pace),
+        engine.Training(method, data.train, pace, iter if store is None else store.supply),
         data,
         device,
         recipe.compile,
         [n.name for n in recipe.students],
         [n.name for n in recipe.teachers],
         recipe.evaluate_every,
+        store,
     )
+
+
+def _store(
+    recipe: Recipe,
+    method: Method,
+    data: datasets.Data,
+    pace: engine.Pace,
+    names: Sequence[str],
+) -> teacher_store.Stored | None:
+    """The stores that a recipe asks for, given to its method; refused where that would be wrong."""
+    if recipe.store is None:
+        return None
+    engine.require_storable(method)
+    settings, images = recipe.store, data.train.images
+    root = settings.root and Path(settings.root).expanduser()
+    how = teacher_store.Settings(
+        root or teacher_store.default_root(), settings.top_k, settings.bits, settings.gb
+    )
+    about = {"data": data.name, "training_images": len(data.train)}
+    store = teacher_store.stored(
+        method, names, images, how, _in_full(pace.precision), recipe.compile, about
+    )
+    views = len(images.codes) if images.pool is None else images.pool.shape[1]
+    store.require_room(len(data.train), views, sum(pace.epochs.values()))
+    method.stored = store
+    return store
 
 
 def build_network(
@@ -409,8 +445,12 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> None:
         _resume(job, run, watcher)
         if job.compile:
             engine.compile_networks(job.method)
-        with _stop_requests() as requested, memory.kept(job.device):
-            tested = _train(job, run, watcher, requested)
+        try:
+            with _stop_requests() as requested, memory.kept(job.device):
+                tested = _train(job, run, watcher, requested)
+        finally:
+            if job.store is not None:
+                job.store.close()
         # the split that chose nothing: with a validation split the test set is touched here alone
         if tested is None or job.data.validation is not None:
             tested = _predict(job, job.data.test, job.training.phases[-1])
@@ -440,6 +480,8 @@ def _train(
             found = {name: scores(p) for name, p in predicted.items()}
             seconds = time.monotonic() - began
             record = _record(job, moment, training.done_steps, found, images, seconds)
+            if job.store is not None:
+                record["time"]["store"] = _since(job.store, watcher)
             began, images = time.monotonic(), 0
             watcher.epoch(record)
             if main:
@@ -451,6 +493,19 @@ def _train(
             if requested and not training.finished:
                 raise Interrupted(_stopped(run, training))
     return predicted
+
+
+def _since(store: teacher_store.Stored, watcher: Watcher) -> dict[str, int]:
+    """What a store did in an epoch; what it found damaged is said."""
+    counts, store.counts = store.counts, teacher_store.Counts()
+    for fault in store.faults():
+        watcher.say(f"note: {fault}")
+    if counts.damaged:
+        watcher.say(
+            f"note: {counts.damaged} stored outputs were damaged on the disk and were computed "
+            "anew; `potstill store verify` says where"
+        )
+    return dataclasses.asdict(counts)
 
 
 def _stopped(run: Run, training: engine.Training) -> str:
@@ -516,6 +571,8 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
     watcher.say(f"on {job.device}, {job.precision}{', compiled' if job.compile else ''}{ranks}")
     if job.compile and (eager := [n for n, net in job.method.by_name.items() if net.samples]):
         watcher.say(f"not compiled, because their blocks come and go: {', '.join(eager)}")
+    for store in job.store.stores if job.store is not None else ():
+        watcher.say(f"store of {store.name}: {', '.join(store.outputs)} in {store.folder}")
     for phase in job.training.phases:
         epochs = pace.epochs[phase.name]
         watcher.say(f"phase {phase.name}: {epochs} epoch{'s' if epochs > 1 else ''}")

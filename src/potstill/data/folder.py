@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,18 @@ class FolderSet(ImageSet):
         spread = torch.tensor(std, device=self.device)
         self._scale = 1 / (255 * spread)
         self._shift = -torch.tensor(mean, device=self.device) / spread
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """The files by name, size and time of change, how views are made, and normalisation."""
+        total = hashlib.sha256()
+        for path in self.paths:
+            known = path.stat()
+            name = "/".join(path.parts[-2:])  # class and file: a set that moves is the same
+            total.update(f"{name}\x1f{known.st_size}\x1f{known.st_mtime_ns}\x1f".encode())
+        views = {"size": self.input_shape[1], "flip": self.flip}
+        scale = {"mean": list(self.mean), "std": list(self.std)}
+        return {"files": total.hexdigest(), **views, **scale}
 
     def load(self, chunks: Iterable[Chunk]) -> Iterator[Tensor]:
         """The images of each chunk. (B,), (B,) -> (B, 3, S, S) float32, channels_last"""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Literal
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,12 +46,20 @@ class Resident(ImageSet):
         stored[:, :-1] = pixels.reshape(n, h * w, c)
         stored[:, -1] = 0
         self._stored = stored
+        self._views = {"padding": padding, "pad_mode": pad_mode, "flip": flip}
         # int32 halves the index arithmetic, which costs more than the gather itself
         self._table = table.to(self.device, torch.int32)
         spread = torch.tensor(std, device=self.device)
         # repeated per pixel: broadcasting over C = 3 does not vectorise
         self._scale = (1 / (255 * spread)).repeat(h * w)
         self._shift = (-torch.tensor(mean, device=self.device) / spread).repeat(h * w)
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """The pixels, how views are made of them, and the normalisation."""
+        pixels = hashlib.sha256(self._stored.cpu().numpy().data).hexdigest()
+        scale = {"mean": list(self.mean), "std": list(self.std)}
+        return {"pixels": pixels, "shape": list(self.input_shape), **self._views, **scale}
 
     def load(self, chunks: Iterable[Chunk]) -> Iterator[Tensor]:
         """The images of each chunk. (B,), (B,) -> (B, C, H, W) float32, channels_last"""

@@ -7,8 +7,9 @@ the set one task trains or tests on, and yields batches in any order, from any s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,18 @@ class ImageSet(ABC):
         self.device = torch.device(device)
         self.pool: Tensor | None = None
         if views is not None:
-            # on the CPU: the same pool on every device
-            fixed = torch.Generator().manual_seed(seed_of("views", size, codes.start, codes.stop))
-            pool = torch.randint(codes.start, codes.stop, (size, views), generator=fixed)
-            self.pool = pool.to(self.device)
+            self.pool = pool_of(size, codes, views).to(self.device)
 
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def identity(self) -> Mapping[str, Any] | None:
+        """What determines the pixels of (index, view); equal ones have equal pixels.
+
+        None where that cannot be known.
+        """
+        return None
 
     def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """One view code for each image. (n,) -> (n,) int64, uniform over the codes or the pool."""
@@ -84,6 +90,12 @@ class ImageSet(ABC):
 
         (B,), (B,) -> (B, C, H, W) float32, channels_last
         """
+
+
+def pool_of(size: int, codes: range, views: int) -> Tensor:
+    """The view codes of each image where it has so many of them, on the CPU. -> (size, views)"""
+    fixed = torch.Generator().manual_seed(seed_of("views", size, codes.start, codes.stop))
+    return torch.randint(codes.start, codes.stop, (size, views), generator=fixed)
 
 
 @dataclass(frozen=True)

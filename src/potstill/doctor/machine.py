@@ -13,6 +13,7 @@ from torch import Tensor
 
 from potstill import display, training
 from potstill.doctor.finding import Finding
+from potstill.files import in_bytes
 from potstill.recipe import Recipe
 
 
@@ -69,19 +70,6 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def in_bytes(count: float) -> str:
-    """In words.
-
-    >>> in_bytes(512), in_bytes(3_200_000), in_bytes(150e9)
-    ('512 B', '3.2 MB', '150 GB')
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}"
 
 
 def of_out(job: training.Assembled, out: Path) -> Iterator[Finding]:

@@ -20,7 +20,15 @@ from potstill.run import Run
 TOLERANCE = 0.5
 """Points between our mean and the published figure that still count as a match."""
 NOT_ASKED_FOR = "not among the methods that were asked for"
-OF_THE_MACHINE = (*ELSEWHERE, "precision", "compile", "channels_last", "evaluate_every")
+OF_THE_MACHINE = (
+    *ELSEWHERE,
+    "precision",
+    "compile",
+    "channels_last",
+    "evaluate_every",
+    "store",
+    "store.bits",
+)
 """Overrides that leave a run comparable: where and how fast it runs, not what is trained."""
 
 
@@ -247,7 +255,11 @@ class _Maker:
         plain = recipe.model_dump(mode="json")
         for key in ("seed", *ELSEWHERE):
             part, _, last = key.rpartition(".")
-            del (plain[part] if part else plain)[last]
+            of = plain[part] if part else plain
+            if of is not None:
+                del of[last]
+        if plain["store"] is None:  # named as before there were stores
+            del plain["store"]
         for teacher in plain["teachers"]:
             teacher["weights"] = self.identities.get(teacher["weights"], teacher["weights"])
         digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]

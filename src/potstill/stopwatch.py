@@ -1,0 +1,69 @@
+"""Where the time of a training goes, by named parts; nothing is measured unless somebody asks."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Seconds by part. What is measured within another part is taken off that one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._within: list[float] = []
+        """Seconds of inner parts, for each part that is open."""
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Within, time counts for `name`. On a GPU every border waits for the device."""
+        began = self._now()
+        self._within.append(0.0)
+        try:
+            yield
+        finally:
+            took = self._now() - began
+            self.seconds[name] += took - self._within.pop()
+            if self._within:
+                self._within[-1] += took
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class _Nothing:
+    """A part of no stopwatch."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+_NOTHING = _Nothing()
+_running: Stopwatch | None = None
+
+
+def part(name: str) -> Any:
+    """A context whose time counts for `name` where a stopwatch runs, and else costs nothing."""
+    return _NOTHING if _running is None else _running.part(name)
+
+
+@contextmanager
+def running(device: torch.device) -> Iterator[Stopwatch]:
+    """Measure the parts of what is done within."""
+    global _running
+    before, _running = _running, Stopwatch(device)
+    try:
+        yield _running
+    finally:
+        _running = before

@@ -1,0 +1,419 @@
+"""What a training's teachers say of (image, view), read from the disk or computed and kept there.
+
+    ROOT/resnet56-1f0c5a9d2e77/store.json        whose outputs these are
+                               logits-9d31b2c4/  one folder an output, see `rows`
+
+A store's name follows from everything that its contents depend on: the teacher's weights and
+layers, its normalisation, the pixels and how views are made of them, precision, `compile`, kind of
+device and PyTorch. Where one of them changes, another store is read, or a new one begun.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill import files
+from potstill.data.split import ImageSet
+from potstill.errors import DataError, MethodError, StorageError
+from potstill.method import Batch, Method
+from potstill.net import Captured, Net, in_full
+from potstill.teacher_store.rows import SUFFIX, Bytes, Column, Integers, row_type, trim
+from potstill.teacher_store.values import TopK, Value, Whole, kept_in
+
+FORMAT = 1
+"""Part of a store's name: raise it when what is kept would no longer be computed so."""
+ABOUT = "store.json"
+CHUNK = {"cpu": 64, "cuda": 256}
+"""Images that a teacher is given at a time, always as many: what it says of one then does not
+depend on which others are missing, and nothing is compiled twice."""
+AHEAD = 8
+"""Batches whose missing images are computed together."""
+TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 0.01, torch.float64: 0.01}
+"""Relative difference, in the Euclidean norm over one image's output, by which a stored output may
+differ from the live one. On one machine there is none but the rounding of what is kept; another
+one's arithmetic, or a compiler's, stays below."""
+
+
+class Settings(NamedTuple):
+    """What a recipe says of the store."""
+
+    root: Path
+    top_k: int | None = None
+    """Logits kept of each image; None: all."""
+    bits: int = 16
+    """Of each number: 16 keeps what was computed in half precision as it is; 32 keeps all so."""
+    gb: float = 20.0
+    """What the outputs that a training needs may take on the disk."""
+
+
+@dataclass
+class Counts:
+    """What a store did for a training. An image and view is one output of one teacher."""
+
+    read: int = 0
+    computed: int = 0
+    damaged: int = 0
+    """Rows that were not what was written, and were computed anew."""
+    compared: int = 0
+    """Stored outputs that were compared with the teacher's."""
+
+
+class TeacherStore:
+    """The kept outputs of one teacher: columns by name ("logits" and the taps a method reads)."""
+
+    def __init__(
+        self,
+        name: str,
+        teacher: Net,
+        reads: Iterable[str],
+        identity: Mapping[str, Any],
+        how: Settings,
+    ) -> None:
+        self.name, self.teacher, self.how = name, teacher, how
+        self.identity = dict(identity)
+        self.key = key_of(self.identity)
+        self.folder = how.root / f"{_plain(name)}-{self.key}"
+        # whatever a method reads, all others read logits, which are the smallest
+        self.outputs = ["logits", *sorted(set(reads) - {"logits"})]
+        self.columns: dict[str, Column] = {}
+        self.values: dict[str, Value] = {}
+        if how.top_k is not None and not 1 <= how.top_k < teacher.num_classes:
+            raise MethodError(
+                f"store.top_k is {how.top_k}; the teacher has {teacher.num_classes} classes: give "
+                f"1 to {teacher.num_classes - 1}, or null to keep all logits"
+            )
+
+    def row_bytes(self) -> int:
+        """On the disk, of one image in one view."""
+        half = torch.float32 if self.how.bits == 32 else torch.float16
+        return sum(row_type(self._value(name, half).bytes).itemsize for name in self.outputs)
+
+    def _value(self, name: str, dtype: torch.dtype) -> Value:
+        if name == "logits" and self.how.top_k is not None:
+            return TopK(self.how.top_k, self.teacher.num_classes, dtype)
+        count = (self.teacher.num_classes,)
+        shape = count if name == "logits" else tuple(self.teacher.shape_of(name))
+        return Whole(name, shape, dtype, self.teacher.channels_last)
+
+    def open(self, example: Captured, about: Mapping[str, Any]) -> None:
+        """Find the columns, for outputs of the types that `example` has. Raises StorageError."""
+        _describe(self.folder, self.name, self.identity)
+        for name in self.outputs:
+            self.values[name] = value = self._value(
+                name, kept_in(_of(example, name), self.how.bits)
+            )
+            place = self.teacher.taps.get(name)
+            identity = {"store": self.key, "output": name, "place": place, **value.identity}
+            folder = self.folder / f"{_plain(name)}-{key_of(identity)[:8]}"
+            for path in folder.glob(f"*{SUFFIX}"):
+                trim(path, value.bytes)
+            self.columns[name] = Column(folder, identity, value.bytes)
+            self.columns[name].about = dict(about)
+
+    def compute(self, image: Tensor) -> Captured:
+        """What the teacher says of up to a chunk of images, as if there were a whole one."""
+        n, size = len(image), CHUNK[image.device.type]
+        if n < size:
+            image = torch.cat([image, image[-1:].expand(size - n, -1, -1, -1)])
+        with torch.no_grad():
+            found = self.teacher(image.contiguous(memory_format=self.teacher.memory_format))
+        return Captured(found.logits[:n], {k: found.features[k][:n] for k in self.outputs[1:]})
+
+    def encode(self, found: Captured) -> dict[str, Bytes]:
+        """Bytes by output. n images -> each (n, bytes)"""
+        return {name: v.encode(_of(found, name)) for name, v in self.values.items()}
+
+    def decode(self, rows: Mapping[str, Bytes], device: torch.device) -> Captured:
+        """What `encode` was given, to the precision that is kept."""
+        found = {name: v.decode(rows[name], device) for name, v in self.values.items()}
+        return Captured(in_full(found.pop("logits")), found)
+
+    def compare(self, image: Tensor, rows: Mapping[str, Bytes]) -> None:
+        """Raise StorageError where stored outputs are not what the teacher says of the images."""
+        live = self.decode(self.encode(self.compute(image)), image.device)
+        kept = self.decode(rows, image.device)
+        for name in self.outputs:
+            a, b = (_of(x, name).flatten(1).double() for x in (kept, live))
+            apart = ((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-6)).max().item()
+            allowed = TOLERANCE[self.values[name].dtype]
+            if not apart <= allowed:  # nor NaN
+                raise StorageError(
+                    f"the stored '{name}' of {self.name} is not what it says now: it differs by "
+                    f"{apart:.3g} of its size, and {allowed:g} is allowed. Something changed that "
+                    f"the store {self.folder.name} does not know of; delete it with `potstill "
+                    f"store prune {self.folder.name}`, or set store=false"
+                )
+
+
+def _of(found: Captured, name: str) -> Tensor:
+    return found.logits if name == "logits" else found.features[name]
+
+
+@dataclass
+class _Entry:
+    """A batch that is at hand or comes soon, and what is known of it."""
+
+    batch: Batch
+    index: Integers
+    view: Integers
+    rows: list[dict[str, Bytes]] = field(default_factory=list)
+    """By teacher and output."""
+    good: list[dict[str, np.ndarray[Any, np.dtype[np.bool_]]]] = field(default_factory=list)
+    """Which images' rows are there, likewise."""
+    missing: list[Integers] = field(default_factory=list)
+    """By teacher, the images whose outputs are still to compute."""
+    captured: list[Captured] | None = None
+
+
+class Stored:
+    """The stores of a method's teachers, and the batches whose outputs are asked for."""
+
+    def __init__(self, stores: Sequence[TeacherStore], about: Mapping[str, Any]) -> None:
+        self.stores, self.about = list(stores), dict(about)
+        self.counts = Counts()
+        self._window: deque[_Entry] = deque()
+        self._opened = self._fresh = False
+
+    def supply(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, of which it knows some that come later."""
+        source, window = iter(batches), deque[_Entry]()
+        self._fresh = True
+        while True:
+            while len(window) < AHEAD and (batch := next(source, None)) is not None:
+                index, view = batch.index.cpu().numpy(), batch.view.cpu().numpy()
+                window.append(_Entry(batch, index, view))
+            if not window:
+                return
+            self._window = window
+            yield window[0].batch
+            window.popleft()
+
+    def __call__(self, batch: Batch) -> list[Captured] | None:
+        """Outputs of every teacher for the batch that `supply` gave last; None for another one.
+
+        Those that are missing are computed, for several batches together, and kept. Once for every
+        `supply` some that are there are compared with what the teachers say. Raises StorageError
+        where they differ, or where a file cannot be written.
+        """
+        now = self._window[0] if self._window else None
+        if now is None or batch.index is not now.batch.index or batch.view is not now.batch.view:
+            return None
+        if now.captured is None:
+            if self._fresh:
+                self._begin(batch)
+            for entry in self._window:
+                if not entry.rows:
+                    self._look_up(entry)
+            if self._fresh:
+                self._compare()
+            self._fresh = False
+            for t, store in enumerate(self.stores):
+                while len(now.missing[t]):
+                    self._compute(t, store)
+            now.captured = [
+                store.decode(rows, batch.image.device)
+                for store, rows in zip(self.stores, now.rows, strict=True)
+            ]
+        return now.captured
+
+    def close(self) -> None:
+        """Give back what was reserved on the disk and not used."""
+        for column in self._columns():
+            column.close()
+
+    def faults(self) -> list[str]:
+        """Files that cannot be read, in words."""
+        return [fault for column in self._columns() for fault in column.faults.values()]
+
+    def require_room(self, images: int, views: int, times: float) -> None:
+        """Raise StorageError where what a training would keep is too much.
+
+        It trains on `images`, of which each is drawn `times` times in one of `views` views.
+        """
+        for store in self.stores:
+            distinct = images * views * (1 - (1 - 1 / views) ** times)
+            size = distinct * store.row_bytes()
+            at_most = store.how.gb * 1e9
+            kept = sum(path.stat().st_size for path in store.folder.rglob(f"*{SUFFIX}"))
+            free = shutil.disk_usage(_existing(store.how.root)).free
+            what = (
+                f"the stored outputs of {store.name} ({', '.join(store.outputs)}) would take "
+                f"{files.in_bytes(size)}"
+            )
+            fewer = min(views - 1, int(views * min(at_most, kept + free) / size)) if size else 0
+            remedy = f"set data.views={max(1, fewer)}, "
+            if size > at_most:
+                raise StorageError(
+                    f"{what}, and store.gb is {store.how.gb:g}; {remedy}raise it, or leave the "
+                    "store off"
+                )
+            if size > kept + free:
+                raise StorageError(
+                    f"{what}, and {files.in_bytes(free)} are free at {store.how.root}; {remedy}"
+                    "choose another disk with store.root, or leave the store off"
+                )
+
+    def _columns(self) -> Iterator[Column]:
+        for store in self.stores:
+            yield from store.columns.values()
+
+    def _begin(self, batch: Batch) -> None:
+        """Find the files, or take in what others have added to them."""
+        if self._opened:
+            for column in self._columns():
+                column.refresh()
+            return
+        few = batch.image[: CHUNK[batch.image.device.type]]
+        for store in self.stores:
+            store.open(store.compute(few), self.about)
+        self._opened = True
+
+    def _look_up(self, entry: _Entry) -> None:
+        for store in self.stores:
+            found = {n: column.read(entry.index, entry.view) for n, column in store.columns.items()}
+            entry.rows.append({name: f.value for name, f in found.items()})
+            entry.good.append({name: f.good for name, f in found.items()})
+            whole = np.logical_and.reduce([f.good for f in found.values()])
+            entry.missing.append(np.flatnonzero(~whole))
+            self.counts.damaged += sum(f.damaged for f in found.values())
+            self.counts.read += int(whole.sum())
+            self.counts.computed += int((~whole).sum())
+
+    def _compute(self, t: int, store: TeacherStore) -> None:
+        """The next chunk of images that a teacher has not been asked about."""
+        parts, room = [], CHUNK[self._window[0].batch.image.device.type]
+        for entry in self._window:
+            if len(taken := entry.missing[t][:room]):
+                parts.append((entry, taken))
+                entry.missing[t] = entry.missing[t][room:]
+                room -= len(taken)
+            if not room:
+                break
+        images = [
+            e.batch.image if len(at) == len(e.index) else e.batch.image[at] for e, at in parts
+        ]
+        found = store.encode(store.compute(torch.cat(images) if len(images) > 1 else images[0]))
+        start = 0
+        for entry, at in parts:
+            for name, column in store.columns.items():
+                value = found[name][start : start + len(at)]
+                new = ~entry.good[t][name][at]
+                entry.rows[t][name][at] = value
+                column.append(entry.index[at][new], entry.view[at][new], value[new])
+            start += len(at)
+
+    def _compare(self) -> None:
+        """Compare a chunk of what is stored with what the teachers say."""
+        size = CHUNK[self._window[0].batch.image.device.type]
+        for t, store in enumerate(self.stores):
+            images: list[Tensor] = []
+            rows: dict[str, list[Bytes]] = {name: [] for name in store.outputs}
+            room = size
+            for entry in self._window:
+                known = np.setdiff1d(np.arange(len(entry.index)), entry.missing[t])[:room]
+                if len(known):
+                    images.append(entry.batch.image[known])
+                    for name, value in entry.rows[t].items():
+                        rows[name].append(value[known])
+                    room -= len(known)
+            if images:
+                store.compare(torch.cat(images), {n: np.concatenate(p) for n, p in rows.items()})
+                self.counts.compared += size - room
+
+
+def stored(
+    method: Method,
+    names: Sequence[str],
+    images: ImageSet,
+    how: Settings,
+    precision: str,
+    compile: bool,
+    about: Mapping[str, Any],
+) -> Stored:
+    """Stores for a method's teachers on a set of images. `names` are what teachers are called.
+
+    `about` goes into every file that is written; `precision` is what teachers are autocast to.
+    Raises DataError for images that cannot be told
+    apart by (image, view), or of which no view would come twice.
+    """
+    whose = images.identity
+    if whose is None:
+        raise DataError(
+            "teachers' outputs can be stored for images in files or bytes, not for a dataset that "
+            "augments itself: nothing says what its code makes of an image; leave the store off"
+        )
+    if images.pool is None and len(images.codes) > 2**20:
+        raise DataError(
+            "these images are cropped at random, so no view comes twice and a stored output would "
+            "never be read; set data.views=16, or leave the store off"
+        )
+    reads = method.reads
+    stores = []
+    for name, teacher in zip(names, method.teachers, strict=True):
+        identity = {
+            "format": FORMAT,
+            "teacher": fingerprint(teacher),
+            "stochastic": None if teacher.stochastic is None else dict(teacher.stochastic),
+            "images": dict(whose),
+            "precision": precision,
+            "channels_last": teacher.channels_last,
+            "compile": compile,
+            "device": images.device.type,
+            "torch": str(torch.__version__),
+        }
+        stores.append(TeacherStore(name, teacher, reads, identity, how))
+    pool = None if images.pool is None else images.pool.shape[1]
+    codes = [images.codes.start, images.codes.stop]
+    return Stored(stores, {**about, "size": images.size, "codes": codes, "views": pool})
+
+
+def fingerprint(net: Net) -> str:
+    """SHA-256, in hex, of a network's layers, weights, buffers and normalisation."""
+    total = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(net.module)).encode())
+    tensors = {
+        **net.module.state_dict(),
+        "scale of images": net.scale,
+        "shift of images": net.shift,
+    }
+    for name, value in sorted(tensors.items()):
+        if isinstance(value, Tensor) and not name.endswith("num_batches_tracked"):
+            total.update(f"\x1f{name}\x1f{value.dtype}\x1f{tuple(value.shape)}\x1f".encode())
+            total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """A short name for what is equal."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)[-40:].strip("_.") or "teacher"
+
+
+def _describe(folder: Path, name: str, identity: Mapping[str, Any]) -> None:
+    """Write down whose outputs these are, once."""
+    if (folder / ABOUT).exists():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.storage_error(folder, "made", error) from error
+    files.write_json(folder / ABOUT, {"name": name, **identity})

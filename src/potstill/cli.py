@@ -469,6 +469,55 @@ def _size(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+class Rival(StrEnum):
+    """What `potstill bench --against` can measure beside a recipe."""
+
+    loop = "loop"
+
+
+@app.command()
+def bench(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (potstill list recipes), or a .yaml.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="compile=true store=true")
+    ] = None,
+    against: Annotated[
+        Rival | None, typer.Option(help="The same as a plain loop, measured in turns.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each, in turns.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Of a round.")] = 40,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let the recipe import py:module:factory.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Images/s of a recipe's whole epochs, and where a step's time goes.
+
+    potstill bench cifar100/kd-resnet56-resnet20 teachers.0.weights=PATH --against loop
+    """
+    from rich.console import Console
+
+    from potstill import bench, files
+    from potstill import recipe as recipes
+
+    loaded = recipes.load(recipe, list(overrides or []), allow_code=allow_code)
+    console = Console(stderr=True)
+    ours = bench.Ours(loaded)
+    try:
+        with console.status("measuring") as status:
+            result = bench.measure(
+                ours, loaded if against else None, rounds, steps, lambda line: status.update(line)
+            )
+    finally:
+        ours.close()
+    if as_json:
+        print(files.encode_json(result, indent=2))
+    else:
+        print("\n".join(bench.table(result)))
+
+
 store = typer.Typer(
     help="Kept outputs of teachers: what there is, whether it is whole, and its removal.",
     no_args_is_help=True,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from potstill import distributed
 from potstill.errors import DataError, MethodError, did_you_mean
 from potstill.method import Batch, Method, Phase, Progress, Update, of_sum
+from potstill.net import Net
 from potstill.optim import OptimizerPlan
 from potstill.seeds import seed_of
 from potstill.stopwatch import part
@@ -192,11 +193,29 @@ def compile_networks(method: Method) -> None:
     dynamo_config.recompile_limit += wanted
     dynamo_config.accumulated_recompile_limit += wanted
     for net in method.by_name.values():
-        if not net.samples:  # what runs of a sub-network is another graph in every step
-            teaches = any(net is teacher for teacher in method.teachers)
-            # weights that never change become constants: BatchNorm goes into the convolutions. Not
-            # of a student, whose weights of that moment would stay where no gradient is taken
-            net.compile(options={"freezing": True} if teaches else None)
+        if net.samples:  # what runs of a sub-network is another graph in every step
+            continue
+        net.compile()
+        if any(net is teacher for teacher in method.teachers):
+            _freeze(net)
+
+
+def _freeze(net: Net) -> None:
+    """Make a compiled network's weights constants of its code: BatchNorm goes into convolutions.
+
+    For teachers alone: a student that runs without gradients would go on with its weights of that
+    moment. `torch.compile(options=...)` does not reach the tracing, which has to know it too.
+    """
+    import torch._inductor.config as inductor_config
+
+    compiled = net._compiled_call_impl
+    assert compiled is not None, "it is compiled"
+
+    def call(*args: Any, **named: Any) -> Any:
+        with inductor_config.patch(freezing=True):
+            return compiled(*args, **named)
+
+    net._compiled_call_impl = call
 
 
 def require_storable(method: Method) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -136,12 +136,10 @@ def evaluate(
     images: Images,
     batch_size: int = 500,
     training: Images | None = None,
+    precision: torch.dtype | None = None,
 ) -> dict[str, Scores]:
-    """Scores of every predictor (image -> logits), in eval mode, float32, over all ranks.
-
-    `training` are the images that a `NearestClassMean` takes its means from; see `predict`.
-    """
-    found = predict(predictors, images, batch_size, training)
+    """Scores of every predictor (image -> logits), in eval mode, over all ranks; see `predict`."""
+    found = predict(predictors, images, batch_size, training, precision)
     return {name: scores(predictions) for name, predictions in found.items()}
 
 
@@ -151,15 +149,17 @@ def predict(
     images: Images,
     batch_size: int = 500,
     training: Images | None = None,
+    precision: torch.dtype | None = None,
 ) -> dict[str, Predictions]:
     """What every predictor says of each image of this rank's share, on their device.
 
     Every image is seen once, clean (centred, unflipped), so the figures do not depend on the batch
     size but for rounding. An ensemble and its members run once a batch, not once each. Each
-    module's mode is put back afterwards.
+    module's mode is put back afterwards. `training` are the images that a `NearestClassMean` takes
+    its means from. `precision` is the type that predictors are autocast to; None: float32.
     """
     found: dict[str, list[Predictions]] = defaultdict(list)
-    with eval_mode(*predictors.values()):
+    with eval_mode(*predictors.values()), _autocast(predictors, precision):
         for predictor in predictors.values():
             if isinstance(predictor, NearestClassMean) and training is not None:
                 predictor.fit(training.clean(batch_size, sharded=True))
@@ -175,6 +175,13 @@ def predict(
         name: Predictions(*(torch.cat(part) for part in zip(*parts, strict=True)))
         for name, parts in found.items()
     }
+
+
+def _autocast(predictors: Mapping[str, nn.Module], precision: torch.dtype | None) -> Any:
+    """A context in which predictors compute in a type, on the device they are on."""
+    tensors = (p for predictor in predictors.values() for p in predictor.parameters())
+    kind = next((p.device.type for p in tensors), "cpu")
+    return torch.autocast(kind, precision, enabled=precision is not None)
 
 
 @contextmanager

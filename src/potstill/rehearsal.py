@@ -65,7 +65,7 @@ def rehearse(job: Assembled, seconds: float = 2.0) -> Rehearsal:
     costs, evaluating = {}, 0.0
     with memory.kept(job.device):
         for index, phase in enumerate(training.phases):
-            few = _Few(whole)
+            few = Few(whole)
             training.images = few
             training.skip_to(index)
             step = _step_seconds(job, seconds)
@@ -73,10 +73,10 @@ def rehearse(job: Assembled, seconds: float = 2.0) -> Rehearsal:
             costs[phase.name] = PhaseCost(step, training.steps, few.seconds_each * batches)
             evaluating += _evaluation_seconds(job, phase, seconds)
     training.images = whole
-    return Rehearsal(costs, evaluating, _peak_bytes(job.device))
+    return Rehearsal(costs, evaluating, peak_bytes(job.device))
 
 
-class _Few:
+class Few:
     """A training's images, of which a preparation sees the first few batches."""
 
     def __init__(self, images: engine.TrainingImages) -> None:
@@ -119,7 +119,7 @@ def _evaluation_seconds(job: Assembled, phase: Phase, seconds: float) -> float:
     if any(isinstance(p, NearestClassMean) for p in predictors.values()):
         images += often * len(job.data.train)  # its means are of all training images
     batch = evaluation_batch(job.held_out)
-    few = _Few(job.held_out)
+    few = Few(job.held_out)
     evaluate(predictors, few, batch, few)  # warms up
     began, done = time.perf_counter(), 0
     while not done or time.perf_counter() - began < seconds / 4:
@@ -134,7 +134,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """Of the process so far on a CPU; on a GPU of what torch allocated since its last reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every system

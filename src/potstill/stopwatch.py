@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")
+"""Of a step, in their order."""
+
 
 class Stopwatch:
     """Seconds by part. What is measured within another part is taken off that one."""

@@ -476,7 +476,9 @@ def _train(
         if moment.epoch_done:
             _require_finite(moment)
             due = moment.epoch % job.evaluate_every == 0 or moment.step == moment.steps
-            predicted = _predict(job, job.held_out, training.phase) if due else {}
+            # on the way in the precision of the training, which is faster; what counts in full
+            precision = None if moment.step == moment.steps else job.pace.precision
+            predicted = _predict(job, job.held_out, training.phase, precision) if due else {}
             found = {name: scores(p) for name, p in predicted.items()}
             seconds = time.monotonic() - began
             record = _record(job, moment, training.done_steps, found, images, seconds)
@@ -497,7 +499,7 @@ def _train(
 
 def _since(store: teacher_store.Stored, watcher: Watcher) -> dict[str, int]:
     """What a store did in an epoch; what it found damaged is said."""
-    counts, store.counts = store.counts, teacher_store.Counts()
+    counts = store.take_counts()
     for fault in store.faults():
         watcher.say(f"note: {fault}")
     if counts.damaged:
@@ -515,10 +517,12 @@ def _stopped(run: Run, training: engine.Training) -> str:
     return f"interrupted, and saved {steps}; continue with --resume"
 
 
-def _predict(job: Assembled, images: datasets.Split, phase: Phase) -> dict[str, Predictions]:
+def _predict(
+    job: Assembled, images: datasets.Split, phase: Phase, precision: torch.dtype | None = None
+) -> dict[str, Predictions]:
     """Of what predicts in a phase."""
-    predictors = phase.predictors or job.method.predictors
-    return predict(predictors(), images, evaluation_batch(images), job.data.train)
+    predictors = (phase.predictors or job.method.predictors)()
+    return predict(predictors, images, evaluation_batch(images), job.data.train, precision)
 
 
 def _measure(

@@ -46,7 +46,7 @@ class Resident(ImageSet):
         stored[:, :-1] = pixels.reshape(n, h * w, c)
         stored[:, -1] = 0
         self._stored = stored
-        self._views = {"padding": padding, "pad_mode": pad_mode, "flip": flip}
+        self.padding, self.pad_mode, self.flip = padding, pad_mode, flip
         # int32 halves the index arithmetic, which costs more than the gather itself
         self._table = table.to(self.device, torch.int32)
         spread = torch.tensor(std, device=self.device)
@@ -58,8 +58,14 @@ class Resident(ImageSet):
     def identity(self) -> Mapping[str, Any]:
         """The pixels, how views are made of them, and the normalisation."""
         pixels = hashlib.sha256(self._stored.cpu().numpy().data).hexdigest()
+        views = {"padding": self.padding, "pad_mode": self.pad_mode, "flip": self.flip}
         scale = {"mean": list(self.mean), "std": list(self.std)}
-        return {"pixels": pixels, "shape": list(self.input_shape), **self._views, **scale}
+        return {"pixels": pixels, "shape": list(self.input_shape), **views, **scale}
+
+    def pixels(self) -> Tensor:
+        """All images as they are stored, on the CPU. -> (N, H, W, C) uint8"""
+        c, h, w = self.input_shape
+        return self._stored[:, :-1].reshape(self.size, h, w, c).cpu()
 
     def load(self, chunks: Iterable[Chunk]) -> Iterator[Tensor]:
         """The images of each chunk. (B,), (B,) -> (B, C, H, W) float32, channels_last"""

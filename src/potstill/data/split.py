@@ -128,6 +128,10 @@ class Split:
         kept = labels >= 0
         return Split(self.images, self.indices[kept], labels[kept], list(classes))
 
+    def first(self, n: int) -> Split:
+        """The first n images, or all where there are fewer."""
+        return Split(self.images, self.indices[:n], self.labels[:n], self.classes)
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""

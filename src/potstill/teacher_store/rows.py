@@ -105,14 +105,17 @@ class Segment:
         start = len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(path, "x+b", buffering=0)  # noqa: SIM115  # its lock lasts as long as it
+            # whoever looks meanwhile sees nothing, not a file without a header
+            new = path.with_suffix(".new")
+            file = open(new, "x+b", buffering=0)  # noqa: SIM115  # its lock lasts as long as it
             try:
                 _lock(file)
                 file.write(bytes(8) + start + text)
                 _reserve(file, HEADER + capacity * kind.itemsize)
+                new.rename(path)
             except OSError:
                 file.close()
-                path.unlink(missing_ok=True)
+                new.unlink(missing_ok=True)
                 raise
         except OSError as error:
             raise storage_error(path, "written", error) from error
@@ -227,8 +230,8 @@ class Column:
             at = np.flatnonzero((places >= 0) & (places >> _ROW_BITS == number))
             rows = self.segments[number].rows[places[at] & (2**_ROW_BITS - 1)]
             ours = (rows["index"] == index[at]) & (rows["view"] == view[at])
-            whole = ours & (rows["sum"] == self._sums(rows))
-            value[at], good[at] = rows["value"], whole
+            whole = rows["sum"] == self._sums(rows)
+            value[at], good[at] = rows["value"], whole & ours
             damaged += int((~whole).sum())
         return Found(value, good, damaged)
 

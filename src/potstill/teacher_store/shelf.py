@@ -164,8 +164,8 @@ def describe(stores: Sequence[Shelved], epochs: int) -> list[str]:
             share, later = 100 * output.share, 100 * output.hit_rate(epochs)
             over = f", {later:.1f} % over {epochs} epochs" if epochs > 1 else ""
             lines += [
-                f"  {output.name} ({output.kept}): {len(output.column):,} outputs, {share:.1f} % of "
-                f"{views} of {output.images:,} images of {output.training['data']}",
+                f"  {output.name} ({output.kept}): {len(output.column):,} outputs, {share:.1f} % "
+                f"of {views} of {output.images:,} images of {output.training['data']}",
                 f"    a run like the last finds {share:.1f} % in its first epoch{over}",
             ]
         lines += [f"  fault: {fault}" for fault in store.faults.values()]

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,6 +234,11 @@ class Stored:
         for column in self._columns():
             column.close()
 
+    def take_counts(self) -> Counts:
+        """What was done since this was asked last."""
+        taken, self.counts = self.counts, Counts()
+        return taken
+
     def faults(self) -> list[str]:
         """Files that cannot be read, in words."""
         return [fault for column in self._columns() for fault in column.faults.values()]
@@ -242,9 +248,13 @@ class Stored:
 
         It trains on `images`, of which each is drawn `times` times in one of `views` views.
         """
+
+        def distinct(views: int) -> float:
+            return images * views * (1 - (1 - 1 / views) ** times)
+
         for store in self.stores:
-            distinct = images * views * (1 - (1 - 1 / views) ** times)
-            size = distinct * store.row_bytes()
+            row = store.row_bytes()
+            size = distinct(views) * row
             at_most = store.how.gb * 1e9
             kept = sum(path.stat().st_size for path in store.folder.rglob(f"*{SUFFIX}"))
             free = shutil.disk_usage(_existing(store.how.root)).free
@@ -252,8 +262,9 @@ class Stored:
                 f"the stored outputs of {store.name} ({', '.join(store.outputs)}) would take "
                 f"{files.in_bytes(size)}"
             )
-            fewer = min(views - 1, int(views * min(at_most, kept + free) / size)) if size else 0
-            remedy = f"set data.views={max(1, fewer)}, "
+            rows = min(at_most, kept + free) / row
+            fewer = bisect_right(range(1, views), rows, key=distinct)
+            remedy = f"set data.views={fewer}, " if fewer else ""
             if size > at_most:
                 raise StorageError(
                     f"{what}, and store.gb is {store.how.gb:g}; {remedy}raise it, or leave the "

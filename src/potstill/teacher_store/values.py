@@ -63,12 +63,7 @@ class Whole:
 
     def encode(self, x: Tensor) -> Bytes:
         """(n, ...) -> (n, bytes). Raises MethodError for a number too large for the type."""
-        small = x.to(self.dtype)
-        if self.dtype == torch.float16 and not torch.isfinite(small).all():
-            raise MethodError(
-                f"the teacher's '{self.name}' has numbers up to {x.abs().max().item():.3g}, and "
-                "the largest in 16 bits is 65504; set store.bits=32"
-            )
+        small = _rounded(x, self.dtype, self.name)
         return _bytes(small.permute(0, 2, 3, 1) if self._last else small)
 
     def decode(self, rows: Bytes, device: torch.device) -> Tensor:
@@ -105,17 +100,21 @@ class TopK:
         return torch.int16 if self.classes <= 2**15 else torch.int32
 
     def encode(self, x: Tensor) -> Bytes:
-        """(n, classes) -> (n, bytes)"""
+        """(n, classes) -> (n, bytes). Raises MethodError for a number too large for the type."""
         top = x.float().topk(self.k, dim=1)
         rest = x.float().scatter(1, top.indices, -math.inf)
         level = rest.logsumexp(1, keepdim=True) - math.log(self.classes - self.k)
-        parts = (top.values.to(self.dtype), top.indices.to(self._place), level)
+        parts = (_rounded(top.values, self.dtype, "logits"), top.indices.to(self._place), level)
         return _bytes(torch.cat([p.contiguous().view(torch.uint8) for p in parts], dim=1))
 
     def decode(self, rows: Bytes, device: torch.device) -> Tensor:
         """(n, bytes) -> (n, classes), float32"""
         sizes = [self.k * self.dtype.itemsize, self.k * self._place.itemsize, 4]
-        parts = [p.contiguous() for p in torch.split(torch.from_numpy(rows), sizes, dim=1)]
+        # of one image a part is called contiguous although its row is as long as the whole
+        parts = [
+            p.clone(memory_format=torch.contiguous_format)
+            for p in torch.split(torch.from_numpy(rows), sizes, dim=1)
+        ]
         values, places, level = (
             p.view(t) for p, t in zip(parts, (self.dtype, self._place, torch.float32), strict=True)
         )
@@ -131,6 +130,17 @@ def kept_in(x: Tensor, bits: int) -> torch.dtype:
     if bits == 32 or x.dtype in (torch.bfloat16, torch.float16):
         return x.dtype
     return torch.bfloat16 if torch.equal(x, x.bfloat16().to(x.dtype)) else torch.float16
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """In that type. Raises MethodError for a number that float16 cannot hold."""
+    small = x.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(small).all():
+        raise MethodError(
+            f"the teacher's '{name}' has numbers up to {x.abs().max().item():.3g}, and "
+            "the largest in 16 bits is 65504; set store.bits=32"
+        )
+    return small
 
 
 def _bytes(x: Tensor) -> Bytes:

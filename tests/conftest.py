@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from potstill import cli
+
+# torch.compile then believes /proc/cpuinfo; to try each instruction set out takes it eight seconds
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 @pytest.fixture
@@ -29,3 +33,12 @@ def potstill(
         return (code if isinstance(code, int) else 0), output, errors
 
     return run
+
+
+@pytest.fixture
+def ready_kernels() -> Iterator[None]:
+    """What is compiled calls PyTorch's kernels; to generate others takes g++ a second for each."""
+    from torch._inductor import config  # loads the compiler: seconds
+
+    with config.patch(fallback_by_default=True):
+        yield

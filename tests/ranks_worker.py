@@ -1,12 +1,11 @@
 """One rank of test_ranks.py: trains every method of the contract and saves what it then holds.
 
-Run as `python -m tests.ranks_worker FOLDER` with torchrun's variables set.
+Each with torchrun's variables set.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -79,10 +78,10 @@ def stochastic_networks(folder: Path) -> None:
                 Path(f"{place}.json").write_text(json.dumps([records, drew]))
 
 
-if __name__ == "__main__":
+def everything(folder: Path) -> None:
+    """In a process of its own."""
     torch.set_num_threads(1)
     trained_teacher("group")  # alone: every world size has the same teacher
-    folder = Path(sys.argv[1])
     with distributed.together():
         work(folder)
         (folder / f"shared.{distributed.rank()}.json").write_text(json.dumps(shared_gradients()))

@@ -1,13 +1,11 @@
 """A small real training that kills itself, for test_resume.py.
 
-Run as `python -m tests.resume_worker FOLDER SETTINGS`, with SETTINGS in JSON: `method`,
-`optimizer`, `fused`, `every_step` (save after each step), and `kill`: a step to die after, or
-{"rename": n} to die before the n-th renaming of a file or folder into place.
+Its settings: `method`, `optimizer`, `fused`, `every_step` (save after each step), and `kill`: a
+step to die after, or {"rename": n} to die before the n-th renaming of a file or folder into place.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -91,6 +89,7 @@ def train(folder: Path, settings: Mapping[str, Any]) -> Run:
     return run
 
 
-if __name__ == "__main__":
+def work(folder: Path, settings: Mapping[str, Any]) -> None:
+    """In a process of its own."""
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    train(folder, settings)

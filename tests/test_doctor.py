@@ -396,6 +396,34 @@ def test_the_command_says_what_is_well_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), "off; store=true keeps the teachers' outputs, and later runs read them"),
+        (("store=true",), "on: logits, at most "),
+        (("teachers.0.stochastic={p_end: 0.5}",), "off: the outputs of teacher 0 cannot be stored"),
+    ],
+)
+def test_the_store_is_told_and_not_written_to(
+    command: Doctor, teacher: Path, tmp_path: Path, monkeypatch: Any, more: Any, said: str
+) -> None:
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    given = ("teachers.0.name=resnet8", f"teachers.0.weights={teacher}", "epochs=1", *more)
+    code, output, errors = command("digits/kd", *given)
+    assert code == 0, output + errors
+    assert f"\nok    {'store':<20} {said}" in output
+    assert not (tmp_path / "cache" / "teachers").exists()
+
+
+def test_a_store_that_cannot_be_is_a_failure_before_training(
+    command: Doctor, teacher: Path
+) -> None:
+    given = ("teachers.0.name=resnet8", f"teachers.0.weights={teacher}", "epochs=1")
+    code, output, _ = command("digits/kd", *given, "store.gb=0.000001")
+    assert code == 1
+    assert "would take" in output and "store.gb is 1e-06" in output
+
+
 def test_the_command_fails_where_a_training_would_be_spoilt(
     command: Doctor, tmp_path: Path
 ) -> None:

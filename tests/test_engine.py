@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import re
@@ -131,10 +132,12 @@ def test_a_parameter_that_the_loss_does_not_reach_still_decays():
 
 def test_networks_of_one_architecture_with_other_taps_compile_apart():
     """What was compiled for the first must not serve the others, which capture or compute more."""
+    torch.manual_seed(0)
     images = next(ToyImages().clean(16)).image
-    nets = [toy_net(0), toy_net(0), toy_net(0)]
-    nets[1].add_taps({"block1": "layer1.0"})
-    nets[2].insert("stage3", nn.Hardtanh(0.0, 0.01))
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
+    nets = [Net(copy.deepcopy(layers), {"stage1": "1"}, SHAPE) for _ in range(3)]
+    nets[1].add_taps({"early": "0"})
+    nets[2].insert("stage1", nn.Hardtanh(0.0, 0.01))
     expected = [net(images) for net in nets]
     for net, eager in zip(nets, expected, strict=True):
         engine.compile_networks(METHODS["vanilla"]([net], [], ToyImages().spec(0)))
@@ -142,6 +145,52 @@ def test_networks_of_one_architecture_with_other_taps_compile_apart():
         assert compiled.features.keys() == eager.features.keys()
         close(compiled.logits, eager.logits, atol=1e-5, rtol=1e-5)
     assert (expected[2].logits - expected[0].logits).abs().max() > 1e-3
+
+
+class Small(nn.Sequential):
+    """A convolution, BatchNorm and a classifier: what is compiled for it takes a second."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        parts = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, CLASSES))
+        super().__init__(*parts)
+
+
+def small_net(seed: int, **taps: str) -> Net:
+    return Net(Small(seed), taps, SHAPE)
+
+
+def test_a_compiled_teacher_says_the_same_and_a_student_keeps_up_with_its_weights():
+    """A teacher's weights become constants; a student's must not, even without gradients."""
+    image = next(ToyImages().clean(16)).image
+    teacher, student = small_net(0), small_net(1)
+    for norm in (teacher.module[1], student.module[1]):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    method = METHODS["kd"]([student], [teacher], ToyImages().spec())
+    method.eval()
+    with torch.no_grad():
+        expected = teacher(image).logits
+        engine.compile_networks(method)
+        close(teacher(image).logits, expected, atol=1e-5, rtol=1e-5)
+        student(image)
+        for p in (*teacher.parameters(), *student.parameters()):
+            p.mul_(0.5)
+        close(student(image).logits, student.logits(image), atol=1e-5, rtol=1e-5)
+        # which shows that they are constants: nothing else would say the same now
+        close(teacher(image).logits, expected, atol=1e-5, rtol=1e-5)
+        assert (teacher.logits(image) - expected).abs().max() > 1e-2
+
+
+def test_more_networks_than_the_compiler_keeps_by_itself_are_all_compiled():
+    """It keeps 8 versions of one function, which all networks share, and runs the rest as it is."""
+    image = next(ToyImages().clean(16)).image
+    nets = [small_net(k, **{f"tap{k}": "0"}) for k in range(10)]
+    torch._dynamo.utils.counters.clear()
+    engine.compile_networks(METHODS["dml"](nets, [], ToyImages().spec(0)))
+    for k, net in enumerate(nets):
+        assert f"tap{k}" in net(image).features
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(nets)
 
 
 def test_an_update_without_a_term_is_refused():

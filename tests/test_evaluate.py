@@ -207,6 +207,19 @@ def test_a_confidence_is_float32_also_of_a_predictor_in_half_precision(kind: tor
     assert reliability(found)[4].images == 1
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_predictors_compute_in_the_precision_that_is_asked_for(precision: torch.dtype | None):
+    """Their logits are scored in float32 all the same."""
+    net, kinds = toy_net(), set()
+    net.module[-1].register_forward_hook(lambda m, args, output: kinds.add(output.dtype))
+    found = predict({"student": net.predictor()}, ToyImages(), 16, precision=precision)["student"]
+    assert kinds == {precision or torch.float32}
+    assert found.loss.dtype == found.confidence.dtype == torch.float32
+    exact = predict({"student": net.predictor()}, ToyImages(), 16)["student"]
+    torch.testing.assert_close(found.loss, exact.loss, atol=0.05, rtol=0.05)
+    assert torch.equal(found.loss, exact.loss) == (precision is None)
+
+
 def test_one_class_is_known_for_sure():
     found = said([[-3.0]] * 4, [0] * 4)
     assert reliability(found)[14] == (4, 1.0, 1.0)

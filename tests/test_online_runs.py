@@ -124,7 +124,8 @@ def test_the_ensemble_is_the_mean_of_the_students_that_are_saved(tmp_path: Path)
     torch.testing.assert_close(ensemble.eval()(image), mean)
 
 
-def test_a_pair_that_is_compiled_trains(tmp_path: Path):
+@pytest.mark.usefixtures("ready_kernels")
+def test_a_pair_that_is_compiled_trains():
     job = training.assemble(recipe("one"))
     engine.compile_networks(job.method)
     first, *_, last = [m.terms["ce_ensemble"].item() for m in job.training.run()]

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,42 +20,53 @@ import torch
 
 from potstill.files import load_tensors
 from potstill.run import Run
+from tests import forked, ranks_worker
 from tests.methods.test_contract import ALL
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that the folder is made once
 
 
-def start_ranks(world: int, command: Sequence[str], **options: object) -> list[subprocess.Popen]:
-    """The same command in `world` processes that find each other."""
+def places(world: int) -> list[dict[str, str]]:
+    """torchrun's variables for each of `world` ranks, by which they find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
+        {k: str(v) for k, v in {**shared, "RANK": r, "LOCAL_RANK": r}.items()} for r in range(world)
+    ]
+
+
+def fork_ranks(world: int, target: Callable[..., None], *arguments: object) -> list[forked.Forked]:
+    """The same call in `world` processes that find each other."""
+    return [forked.Forked(target, *arguments, env=place) for place in places(world)]
+
+
+def start_ranks(*words: str) -> list[subprocess.Popen[str]]:
+    """`python -m potstill` in two processes, whole ones: how they end is part of what is tested."""
+    return [
         subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                **{k: str(v) for k, v in {**shared, "RANK": r, "LOCAL_RANK": r}.items()},
-            },
-            **options,
+            [sys.executable, "-m", "potstill", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **place},
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        for r in range(world)
+        for place in places(2)
     ]
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """A folder for each world size, filled by ranks_worker.py."""
-    folders = {}
-    for world in (1, 2):
-        folders[world] = tmp_path_factory.mktemp(f"world{world}")
-        command = [sys.executable, "-m", "tests.ranks_worker", str(folders[world])]
-        for process in start_ranks(world, command):
-            assert process.wait(300) == 0
+    folders = {world: tmp_path_factory.mktemp(f"world{world}") for world in (1, 2)}
+    ranks = [
+        rank
+        for world in (1, 2)
+        for rank in fork_ranks(world, ranks_worker.everything, folders[world])
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors
     return folders
 
 
@@ -127,12 +138,13 @@ def test_torchrun_trains_one_run(tmp_path: Path) -> None:
 def test_several_ranks_save_before_they_stop(tmp_path: Path) -> None:
     """As a terminal does on Ctrl-C: the signal goes to every process of the group."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "potstill", "train", "digits/vanilla", "epochs=2000"]
-    command += ["evaluate_every=500", "--out", str(out)]
-    ranks = start_ranks(2, command, stderr=subprocess.PIPE, text=True)
+    words = ["train", "digits/vanilla", "epochs=2000", "evaluate_every=500", "--out", str(out)]
+    ranks = start_ranks(*words)
     for _ in range(600):
         if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
             break
+        if any(process.poll() is not None for process in ranks):
+            break  # the errors are told below
         time.sleep(0.1)
     for process in ranks:
         process.send_signal(signal.SIGINT)
@@ -145,9 +157,8 @@ def test_several_ranks_save_before_they_stop(tmp_path: Path) -> None:
 
 
 def test_ranks_that_cannot_share_a_batch_are_told(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "potstill", "train", "digits/vanilla", "data.batch_size=33"]
-    command += ["--out", str(tmp_path / "run")]
-    ranks = start_ranks(2, command, stderr=subprocess.PIPE, text=True)
+    out = str(tmp_path / "run")
+    ranks = start_ranks("train", "digits/vanilla", "data.batch_size=33", "--out", out)
     for process in ranks:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2

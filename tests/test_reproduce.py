@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from potstill.errors import PotstillError, RecipeError, StorageError
 from potstill.reproduce.outcome import figure, record
 from potstill.reproduce.plan import Plan
 from potstill.run import Run
+from tests import forked
 
 PAIR = "resnet56:resnet20"
 SMALL = ("data.name=digits", "data.subset=64", "data.batch_size=32", "evaluate_every=100")
@@ -446,18 +445,14 @@ def test_an_estimate_covers_what_is_missing(tmp_path: Path) -> None:
 COMMAND = ["reproduce", "sakd", "--pair", PAIR, "--table", "2", "--methods", "vanilla,kd"]
 
 
-def started(out: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "potstill", *COMMAND, "--out", str(out), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def started(out: Path, *words: str) -> forked.Forked:
+    return forked.Forked(forked.potstill, *COMMAND, "--out", str(out), *words)
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Any, process: forked.Forked) -> None:
     until = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until and process.returncode is None, process.communicate()
         time.sleep(0.02)
 
 
@@ -473,19 +468,19 @@ def test_a_stopped_reproduce_goes_on_without_repeating(
     process = started(tmp_path, *words)
     wait_for(lambda: len(state(tmp_path)) >= 1, process)  # the teacher
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    _, errors = process.communicate()
     if number == signal.SIGTERM:
-        assert process.returncode == 130, output
-        assert "the same command goes on from there" in output
+        assert process.returncode == 130, errors
+        assert "the same command goes on from there" in errors
     before = state(tmp_path)
     assert before
     until = time.monotonic() + 120
     while True:  # runs that outlive a kill hold the folder until they end
         again = started(tmp_path, *words)
-        output, _ = again.communicate(timeout=300)
+        output, errors = again.communicate(timeout=300)
         if again.returncode == 0:
             break
-        assert "another reproduce is at work" in output and time.monotonic() < until, output
+        assert "another reproduce is at work" in errors and time.monotonic() < until, errors
         time.sleep(0.2)
     after = state(tmp_path)
     assert len(after) == 3 and {k: after[k] for k in before} == before
@@ -497,18 +492,18 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
     first = started(tmp_path, *endless)
     wait_for(lambda: (tmp_path / "reproduce.json").exists(), first)
     second = started(tmp_path, *endless)
-    output, _ = second.communicate(timeout=120)
-    assert second.returncode == 2 and "Traceback" not in output
-    assert f"another reproduce is at work in {tmp_path}" in output
-    first.terminate()
-    output, _ = first.communicate(timeout=120)
-    assert first.returncode == 130, output
+    _, errors = second.communicate()
+    assert second.returncode == 2 and "Traceback" not in errors
+    assert f"another reproduce is at work in {tmp_path}" in errors
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate()
+    assert first.returncode == 130, errors
 
 
 def test_a_dry_run_writes_nothing_and_tells_the_plan(tmp_path: Path) -> None:
     process = started(tmp_path / "out", "--seeds", "2", "--epochs", "1", "--dry-run", *SMALL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert not (tmp_path / "out").exists()
     for text in ("teacher resnet56", "1 of 240 epochs", "5 runs to do", "best epoch, test"):
         assert text in output, output

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,16 +11,14 @@ import pytest
 import torch
 
 from potstill.run import Run
-from tests import resume_worker
-
-ROOT = Path(__file__).parent.parent
+from tests import forked, resume_worker
 
 
-def worker(folder: Path, settings: dict[str, Any]) -> int:
-    """The worker's exit status, negative for a signal."""
-    command = [sys.executable, "-m", "tests.resume_worker", str(folder), json.dumps(settings)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, timeout=120).returncode
+def worker(folder: Path, settings: dict[str, Any]) -> int | None:
+    """The exit status of a process that trains, negative for a signal."""
+    process = forked.Forked(resume_worker.work, folder, settings)
+    process.communicate()
+    return process.returncode
 
 
 def end_of(run: Run) -> tuple[dict[str, torch.Tensor], Any, Any]:
@@ -87,22 +81,16 @@ def test_killed_and_resumed_equals_straight(
     assert any(k.startswith("optimizers/") for k in tensors)
 
 
-def start_training(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "potstill", "train", "digits/vanilla", "epochs=400", *more]
-    return subprocess.Popen(
-        [*command, "evaluate_every=50", "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_training(out: Path) -> forked.Forked:
+    words = ["train", "digits/vanilla", "epochs=400", "evaluate_every=50", "--out", str(out)]
+    return forked.Forked(forked.potstill, *words)
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(600):
+    for _ in range(3000):
         if path.exists() and path.stat().st_size:
             return
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise AssertionError(f"{path} never came")
 
 
@@ -121,20 +109,19 @@ def test_an_interrupted_training_saves_first(number: signal.Signals, tmp_path: P
 
 def test_resume_without_a_path_finds_the_run(tmp_path: Path) -> None:
     """In the folder where it was started, with the same words and --resume, or --resume alone."""
-    command = [sys.executable, "-m", "potstill", "train"]
     recipe = ["digits/vanilla", "epochs=2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-        )
+    def run(*words: str) -> tuple[int | None, str, str]:
+        """Exit code, output and errors."""
+        process = forked.Forked(forked.potstill, "train", *words, cwd=tmp_path)
+        output, errors = process.communicate()
+        return process.returncode, output, errors
 
-    assert run(*recipe).returncode == 0
+    assert run(*recipe)[0] == 0
     (place,) = tmp_path.glob("runs/*/seed0")
     (place / "result.json").unlink()  # as if it had been killed at the very end
-    again = run(*recipe)
-    assert again.returncode == 2 and "--resume" in again.stderr
-    assert "resumed after step 8 of 8" in run("--resume").stdout
-    assert "finished already" in run(*recipe, "--resume").stdout
-    assert run("--resume").returncode == 2
+    code, _, errors = run(*recipe)
+    assert code == 2 and "--resume" in errors
+    assert "resumed after step 8 of 8" in run("--resume")[1]
+    assert "finished already" in run(*recipe, "--resume")[1]
+    assert run("--resume")[0] == 2

@@ -124,6 +124,27 @@ def test_images_are_differentiated_in_float32_unless_bf16_is_asked_for(
     assert job.environment["precision"] == ("bfloat16" if expected else "float32")
 
 
+def test_evaluations_on_the_way_are_in_the_training_s_precision_and_the_last_in_float32(
+    tmp_path: Path,
+) -> None:
+    settings = ["data.subset=40", "epochs=3", "precision=bf16"]
+    job = training.assemble(recipe.load("digits/vanilla", settings))
+    kinds: list[torch.dtype] = []
+
+    def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if not module.training and (not kinds or kinds[-1] != output.dtype):
+            kinds.append(output.dtype)
+
+    job.method.student.classifier.register_forward_hook(note)
+    run = Run.create(tmp_path / "run", "", job.environment)
+    training.carry_out(job, run, training.Silence())
+    assert kinds == [torch.bfloat16, torch.float32]
+    assert run.result is not None
+    assert run.result["scores"]["student"] == run.metrics[-1]["scores"]["student"]
+    exact = training.evaluate(job.method.predictors(), job.data.test)["student"]
+    assert run.result["scores"]["student"]["loss"] == pytest.approx(exact.loss, rel=1e-6)
+
+
 # --- calibration, agreement and cost in result.json
 
 

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -63,7 +64,7 @@ def rehearse(job: Assembled, seconds: float = 2.0) -> Rehearsal:
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
     costs, evaluating = {}, 0.0
-    with memory.kept(job.device):
+    with memory.kept(job.device), closing(job.store or ExitStack()):
         for index, phase in enumerate(training.phases):
             few = Few(whole)
             training.images = few
@@ -119,11 +120,11 @@ def _evaluation_seconds(job: Assembled, phase: Phase, seconds: float) -> float:
     if any(isinstance(p, NearestClassMean) for p in predictors.values()):
         images += often * len(job.data.train)  # its means are of all training images
     batch = evaluation_batch(job.held_out)
-    few = Few(job.held_out)
-    evaluate(predictors, few, batch, few)  # warms up
+    few, precision = Few(job.held_out), job.pace.precision
+    evaluate(predictors, few, batch, few, precision)  # warms up
     began, done = time.perf_counter(), 0
     while not done or time.perf_counter() - began < seconds / 4:
-        evaluate(predictors, few, batch, few)
+        evaluate(predictors, few, batch, few, precision)
         done += min(FEW * batch, len(job.held_out))
     _wait(job.device)
     return images * (time.perf_counter() - began) / done

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from potstill.methods.refilled import (
 from potstill.net import Captured, Net
 from potstill.stochastic_depth import stochastic
 from tests.methods.test_rkd import Live
-from tests.test_ranks import start_ranks
+from tests.test_ranks import fork_ranks
 from tests.toys import ToyImages, pace, plan, toy_net
 
 close = torch.testing.assert_close
@@ -1262,13 +1261,14 @@ def of_a_share() -> dict[str, list[float]]:
     }
 
 
+def print_a_share() -> None:
+    with distributed.together():
+        print(json.dumps(of_a_share()))
+
+
 def test_two_ranks_share_the_range_of_losses_the_classes_of_the_batch_and_the_means():
     """Each with half the images: the mean over ranks is what one rank has of all."""
-    code = "import json; from potstill import distributed as d; from tests.methods import "
-    code += "test_refilled as t\nwith d.together(): print(json.dumps(t.of_a_share()))"
-    options = {"stdout": -1, "text": True}  # to a pipe
-    ranks = start_ranks(2, [sys.executable, "-c", code], **options)
-    found = [json.loads(process.communicate(timeout=120)[0]) for process in ranks]
+    found = [json.loads(rank.communicate()[0]) for rank in fork_ranks(2, print_a_share)]
     whole = of_a_share()
     assert [r for f in found for r in f["weights"]] == pytest.approx(whole["weights"])
     assert sum(f["local"][0] for f in found) / 2 == pytest.approx(whole["local"][0])

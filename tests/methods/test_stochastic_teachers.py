@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from potstill.seeds import seed_of
 from potstill.stochastic_depth import stochastic
 from tests.methods.test_contract import CASES, assert_same, pace_of, state_of, trained_teacher
 from tests.ranks_worker import stochastic_networks
-from tests.test_ranks import start_ranks
+from tests.test_ranks import fork_ranks
 from tests.toys import SHAPE, ToyImages, channels_last, pace, toy_net
 
 close = torch.testing.assert_close
@@ -657,11 +656,11 @@ def test_a_network_that_draws_nothing_is_compiled():
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """A folder for each world size, filled by `stochastic_networks` of ranks_worker.py."""
     folders = {world: tmp_path_factory.mktemp(f"world{world}") for world in (1, 2)}
-    code = "from pathlib import Path; from tests.ranks_worker import stochastic_networks as work"
-    processes = start_ranks(2, [sys.executable, "-c", f"{code}; work(Path({str(folders[2])!r}))"])
+    ranks = fork_ranks(2, stochastic_networks, folders[2])
     stochastic_networks(folders[1])
-    for process in processes:
-        assert process.wait(300) == 0
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors
     return folders
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from potstill import training
 from potstill.doctor.finding import Finding, as_object, healthy, in_one_line, show, summary
 from potstill.doctor.inputs import of_data, of_inputs, of_networks, of_recipe, of_start
-from potstill.doctor.machine import of_machine, of_out, of_rehearsal
+from potstill.doctor.machine import of_machine, of_out, of_rehearsal, of_store
 from potstill.doctor.phases import Examined, copies, of_frozen, of_optimizers, of_phase, of_schedule
 from potstill.doctor.teachers import of_teacher
 from potstill.errors import PotstillError, first_line
@@ -44,6 +44,7 @@ def examine(recipe: Recipe, out: Path = Path("runs")) -> Iterator[Finding]:
         yield from _tried("data", of_data, data)
         yield Finding("networks", "warn", "nothing that needs the networks was checked")
         return
+    job.method.stored = None  # a training alone writes into a store
     failed = False
     for finding in itertools.chain(of_networks(job, said), _of_job(job, recipe)):
         failed = failed or finding.level == "fail"
@@ -71,6 +72,7 @@ def _of_job(job: training.Assembled, recipe: Recipe) -> Iterator[Finding]:
     yield from _tried("optimizers", of_optimizers, job, seen)
     yield from _tried("schedule", of_schedule, job)
     yield from _tried("machine", of_machine, job, recipe)
+    yield from _tried("store", of_store, job)
 
 
 def _tried(name: str, check: Callable[..., Iterable[Finding]], *given: Any) -> Iterator[Finding]:

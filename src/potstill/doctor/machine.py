@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from potstill import display, training
-from potstill.doctor.finding import Finding
+from potstill import display, engine, training
+from potstill.doctor.finding import Finding, in_one_line
+from potstill.errors import PotstillError
 from potstill.files import in_bytes
 from potstill.recipe import Recipe
 
@@ -38,11 +39,36 @@ def of_machine(job: training.Assembled, recipe: Recipe) -> Iterator[Finding]:
     )
 
 
+def of_store(job: training.Assembled) -> Iterator[Finding]:
+    """Whether teachers' outputs are kept, or could be."""
+    if not job.method.teachers:
+        return
+    if job.store is not None:
+        needed, room = job.store.needed_bytes, min(s.how.gb for s in job.store.stores) * 1e9
+        where = ", ".join(str(store.folder) for store in job.store.stores)
+        outputs = ", ".join(job.store.stores[0].outputs)
+        yield Finding(
+            "store",
+            "ok",
+            f"on: {outputs}, at most {in_bytes(needed)} of {in_bytes(room)} in {where}; the time "
+            "below is without it",
+        )
+        return
+    try:
+        engine.require_storable(job.method)
+    except PotstillError as error:
+        yield Finding("store", "ok", f"off: {in_one_line(error)}")
+        return
+    yield Finding(
+        "store", "ok", "off; store=true keeps the teachers' outputs, and later runs read them"
+    )
+
+
 def of_rehearsal(recipe: Recipe) -> Iterator[Finding]:
     """Time and memory of the whole training, from a few steps of a fresh one."""
     from potstill.rehearsal import rehearse
 
-    job = training.assemble(recipe)
+    job = training.assemble(recipe.model_copy(update={"store": None}))
     found = rehearse(job)
     size = job.method.data.batch_size
     parts = []

@@ -16,6 +16,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -28,7 +29,7 @@ HEADER = 4096
 """Bytes before the first row."""
 FIRST, LARGEST = 2**20, 64 * 2**20
 """Bytes that a segment has room for, one row at least: as many as there are already, between."""
-SUFFIX = ".rows"
+SUFFIX, UNFINISHED = ".rows", ".new"
 FEW = 10**5
 """Rows that may wait to be sorted."""
 _ROW_BITS = 32
@@ -106,7 +107,7 @@ class Segment:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # whoever looks meanwhile sees nothing, not a file without a header
-            new = path.with_suffix(".new")
+            new = path.with_suffix(UNFINISHED)
             file = open(new, "x+b", buffering=0)  # noqa: SIM115  # its lock lasts as long as it
             try:
                 _lock(file)
@@ -296,13 +297,20 @@ def key_of(index: Integers, view: Integers) -> Keys:
     return index.astype(np.uint64) * _MIX + view.astype(np.uint64)
 
 
+def tidy(folder: Path, value_bytes: int) -> None:
+    """Give back what writers that were killed left behind; not what living ones have."""
+    for path in folder.glob(f"*{SUFFIX}"):
+        trim(path, value_bytes)
+    for path in folder.glob(f"*{UNFINISHED}"):
+        with suppress(OSError), open(path, "r+b") as file:
+            _lock(file)
+            path.unlink()
+
+
 def trim(path: Path, value_bytes: int) -> None:
     """Give back what a writer that was killed left unused in a segment; not while one lives."""
-    with open(path, "r+b") as file:
-        try:
-            _lock(file)
-        except OSError:
-            return  # its writer lives
+    with suppress(OSError), open(path, "r+b") as file:  # its writer lives, or it is not ours
+        _lock(file)
         count = int.from_bytes(file.read(8), "little")
         size = HEADER + count * row_type(value_bytes).itemsize
         if size < os.fstat(file.fileno()).st_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,9 +120,13 @@ def _read(folder: Path) -> Shelved:
         if headers:
             outputs.append(_output(place, headers[-1]))
             faults |= outputs[-1].column.faults
-    stats = [p.stat() for p in folder.rglob("*") if p.is_file()]
-    size = sum(s.st_blocks * 512 for s in stats)
-    return Shelved(folder, about, outputs, faults, size, max(s.st_mtime for s in stats))
+    size, used = 0, 0.0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # a training may be at work
+            known = path.stat()
+            if path.is_file():
+                size, used = size + known.st_blocks * 512, max(used, known.st_mtime)
+    return Shelved(folder, about, outputs, faults, size, used)
 
 
 def _output(place: Path, header: dict[str, Any]) -> Output:

@@ -30,7 +30,7 @@ from potstill.data.split import ImageSet
 from potstill.errors import DataError, MethodError, StorageError
 from potstill.method import Batch, Method
 from potstill.net import Captured, Net, in_full
-from potstill.teacher_store.rows import SUFFIX, Bytes, Column, Integers, row_type, trim
+from potstill.teacher_store.rows import SUFFIX, Bytes, Column, Integers, row_type, tidy
 from potstill.teacher_store.values import TopK, Value, Whole, kept_in
 
 FORMAT = 1
@@ -113,13 +113,12 @@ class TeacherStore:
         _describe(self.folder, self.name, self.identity)
         for name in self.outputs:
             self.values[name] = value = self._value(
-                name, kept_in(_of(example, name), self.how.bits)
+                name, kept_in(_of(example, name), self.how.bits, self.identity.get("precision"))
             )
             place = self.teacher.taps.get(name)
             identity = {"store": self.key, "output": name, "place": place, **value.identity}
             folder = self.folder / f"{_plain(name)}-{key_of(identity)[:8]}"
-            for path in folder.glob(f"*{SUFFIX}"):
-                trim(path, value.bytes)
+            tidy(folder, value.bytes)
             self.columns[name] = Column(folder, identity, value.bytes)
             self.columns[name].about = dict(about)
 
@@ -139,7 +138,7 @@ class TeacherStore:
     def decode(self, rows: Mapping[str, Bytes], device: torch.device) -> Captured:
         """What `encode` was given, to the precision that is kept."""
         found = {name: v.decode(rows[name], device) for name, v in self.values.items()}
-        return Captured(in_full(found.pop("logits")), found)
+        return Kept(in_full(found.pop("logits")), found)
 
     def compare(self, image: Tensor, rows: Mapping[str, Bytes]) -> None:
         """Raise StorageError where stored outputs are not what the teacher says of the images."""
@@ -156,6 +155,19 @@ class TeacherStore:
                     f"the store {self.folder.name} does not know of; delete it with `potstill "
                     f"store prune {self.folder.name}`, or set store=false"
                 )
+
+
+class Kept(Captured):
+    """What was kept of a teacher's outputs: what its method says that it reads."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A feature by tap name, in full. Raises MethodError for one that is not kept."""
+        if name not in self.features:
+            raise MethodError(
+                f"the method takes '{name}' of its teacher, which its `reads` does not name, so it "
+                f"is not kept; it names {sorted(self.features) or 'logits alone'}"
+            )
+        return super().__getitem__(name)
 
 
 def _of(found: Captured, name: str) -> Tensor:
@@ -175,6 +187,8 @@ class _Entry:
     """Which images' rows are there, likewise."""
     missing: list[Integers] = field(default_factory=list)
     """By teacher, the images whose outputs are still to compute."""
+    ahead: int = 0
+    """Outputs that were missing and have been computed."""
     captured: list[Captured] | None = None
 
 
@@ -184,6 +198,8 @@ class Stored:
     def __init__(self, stores: Sequence[TeacherStore], about: Mapping[str, Any]) -> None:
         self.stores, self.about = list(stores), dict(about)
         self.counts = Counts()
+        self.needed_bytes = 0.0
+        """What a training keeps at most, as `require_room` found."""
         self._window: deque[_Entry] = deque()
         self._opened = self._fresh = False
 
@@ -220,6 +236,9 @@ class Stored:
             if self._fresh:
                 self._compare()
             self._fresh = False
+            absent = sum(map(len, now.missing))
+            self.counts.computed += absent + now.ahead
+            self.counts.read += len(now.index) * len(self.stores) - absent - now.ahead
             for t, store in enumerate(self.stores):
                 while len(now.missing[t]):
                     self._compute(t, store)
@@ -250,11 +269,13 @@ class Stored:
         """
 
         def distinct(views: int) -> float:
-            return images * views * (1 - (1 - 1 / views) ** times)
+            never: float = (1 - 1 / views) ** times
+            return images * views * (1 - never)
 
         for store in self.stores:
             row = store.row_bytes()
             size = distinct(views) * row
+            self.needed_bytes += size
             at_most = store.how.gb * 1e9
             kept = sum(path.stat().st_size for path in store.folder.rglob(f"*{SUFFIX}"))
             free = shutil.disk_usage(_existing(store.how.root)).free
@@ -299,8 +320,6 @@ class Stored:
             whole = np.logical_and.reduce([f.good for f in found.values()])
             entry.missing.append(np.flatnonzero(~whole))
             self.counts.damaged += sum(f.damaged for f in found.values())
-            self.counts.read += int(whole.sum())
-            self.counts.computed += int((~whole).sum())
 
     def _compute(self, t: int, store: TeacherStore) -> None:
         """The next chunk of images that a teacher has not been asked about."""
@@ -309,6 +328,7 @@ class Stored:
             if len(taken := entry.missing[t][:room]):
                 parts.append((entry, taken))
                 entry.missing[t] = entry.missing[t][room:]
+                entry.ahead += len(taken)
                 room -= len(taken)
             if not room:
                 break

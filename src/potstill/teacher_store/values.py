@@ -122,20 +122,24 @@ class TopK:
         return logits.to(device, non_blocking=True)
 
 
-def kept_in(x: Tensor, bits: int) -> torch.dtype:
+def kept_in(x: Tensor, bits: int, precision: str | None) -> torch.dtype:
     """The type that an output is kept in: its own where that has as few bits.
 
-    What a network computed in half precision may have been made float32 since, for the losses.
+    What a network computed in bfloat16, the `precision` of its training, may have been made float32
+    since, for the losses.
     """
     if bits == 32 or x.dtype in (torch.bfloat16, torch.float16):
         return x.dtype
-    return torch.bfloat16 if torch.equal(x, x.bfloat16().to(x.dtype)) else torch.float16
+    whole = precision == "bfloat16" and torch.equal(x, x.bfloat16().to(x.dtype))
+    return torch.bfloat16 if whole else torch.float16
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """In that type. Raises MethodError for a number that float16 cannot hold."""
     small = x.to(dtype)
     if dtype == torch.float16 and not torch.isfinite(small).all():
+        if not torch.isfinite(x).all():
+            raise MethodError(f"the teacher's '{name}' has numbers that are not finite")
         raise MethodError(
             f"the teacher's '{name}' has numbers up to {x.abs().max().item():.3g}, and "
             "the largest in 16 bits is 65504; set store.bits=32"

@@ -47,6 +47,10 @@ class Bare:
             self.run_teacher = torch.compile(self.teacher)
         self.frozen = compiled
 
+    def begin(self) -> None:
+        """The first steps of an epoch, which are like all others."""
+        self.steps(bench.FIRST)
+
     def steps(self, count: int) -> None:
         """`count` times the same step."""
         for _ in range(count):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,8 +50,8 @@ def taught(teacher: str, *overrides: str) -> recipe.Recipe:
 
 
 def test_images_a_second_of_whole_epochs_by_hand():
-    """Ten batches of 10 images at 0.1 s and an ending of 1 s: 100 images in 2 s."""
-    timing = Timing(10, 100, [0.1, 0.2], [1.0, 0.0])
+    """Two of ten batches of 10 images in 0.2 s, the others at 0.1 s, an ending of 1 s: 2 s."""
+    timing = Timing(10, 100, [0.2, 0.4], [0.1, 0.2], [1.0, 0.0])
     assert timing.steps_per_second == [100.0, 50.0]
     assert timing.images_per_second == [50.0, 50.0]
 
@@ -60,6 +61,9 @@ class Clocked:
 
     def __init__(self, name: str, notes: list[str]) -> None:
         self.name, self.images, self.batch_size, self.notes = name, 100, 10, notes
+
+    def begin(self) -> None:
+        self.notes.append(f"{self.name}:")
 
     def steps(self, count: int) -> None:
         self.notes.append(f"{self.name}{count}")
@@ -72,7 +76,7 @@ class Clocked:
 def test_contestants_take_turns_and_each_is_first_once():
     notes: list[str] = []
     found = contest([Clocked("a", notes), Clocked("b", notes)], 2, 5, CPU)
-    assert notes == ["a2", "a5", "a.", "b2", "b5", "b.", "b2", "b5", "b.", "a2", "a5", "a."]
+    assert notes == ["a:", "a5", "a.", "b:", "b5", "b.", "b:", "b5", "b.", "a:", "a5", "a."]
     assert [len(t.step_seconds) for t in found.values()] == [2, 2]
     assert found["a"].ending_seconds == [1.0, 1.0]
 
@@ -88,8 +92,8 @@ def test_the_ratio_is_of_rounds_not_of_medians():
 
     loop = One()
     loop.name = "loop"
-    own = Timing(1, 1, [1 / 100, 1 / 60, 1 / 90], [0.0] * 3)
-    other = Timing(1, 1, [1 / 50, 1 / 20, 1 / 45], [0.0] * 3)
+    own = Timing(1, 2, [2 / 100, 2 / 60, 2 / 90], [0.1] * 3, [0.0] * 3)
+    other = Timing(1, 2, [2 / 50, 2 / 20, 2 / 45], [0.1] * 3, [0.0] * 3)
     split = {"data": 0.1, "rest": 0.3}
     found = as_object(One(), loop, {"ours": own, "loop": other}, split, 5, 0.5, 2.0, 7)
     assert found["ratio"] == pytest.approx(2.0)
@@ -109,17 +113,18 @@ def test_the_ratio_is_of_rounds_not_of_medians():
 # --- ours
 
 
-def test_every_call_trains_on_the_same_first_batches():
+def test_every_begin_goes_back_to_the_same_first_batches():
     """Else the outputs of a store would not all be there after the warm-up."""
-    ours = bench.Ours(digits())
+    ours = bench.Ours(digits("data.subset=256"))
     seen: list[torch.Tensor] = []
     ours.job.method.register_forward_pre_hook(lambda m, args: seen.append(args[0].index))
-    ours.steps(2)
-    ours.steps(2)
+    for _ in range(2):
+        ours.begin()
+        ours.steps(1)
     ours.close()
-    assert len(seen) == 4
-    assert torch.equal(seen[0], seen[2])
-    assert torch.equal(seen[1], seen[3])
+    assert len(seen) == 6
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_a_store_is_full_once_it_is_warm_and_leaves_nothing_behind(teacher, tmp_path, monkeypatch):
@@ -128,9 +133,9 @@ def test_a_store_is_full_once_it_is_warm_and_leaves_nothing_behind(teacher, tmp_
 
     monkeypatch.setattr(tempfile, "tempdir", None)
     ours = bench.Ours(taught(teacher, "store=true"))
-    ours.steps(3)
+    ours.begin()
     assert ours.hit_rate() < 0.1
-    ours.steps(3)
+    ours.begin()
     assert ours.hit_rate() == 1.0
     assert list(tmp_path.glob("potstill-bench-*/teachers/*/store.json"))
     ours.close()
@@ -142,8 +147,7 @@ def test_a_store_is_full_once_it_is_warm_and_leaves_nothing_behind(teacher, tmp_
 
 def test_a_step_is_split_into_all_its_parts(teacher):
     ours = bench.Ours(taught(teacher))
-    ours.steps(2)
-    split = ours.split(2)
+    split = ours.split(1)
     ours.close()
     assert list(split) == [*stopwatch.PARTS, "rest"]
     assert all(seconds > 0 for seconds in split.values())
@@ -151,8 +155,9 @@ def test_a_step_is_split_into_all_its_parts(teacher):
 
 def test_more_steps_than_an_epoch_has_are_refused():
     ours = bench.Ours(digits())
-    with pytest.raises(PotstillError, match="an epoch has 3 batches, fewer than --steps 4"):
-        ours.steps(4)
+    ours.begin()
+    with pytest.raises(PotstillError, match="an epoch has 3 batches, and --steps 2 comes after"):
+        ours.steps(2)
     ours.close()
 
 
@@ -183,10 +188,10 @@ def test_the_plain_loop_trains_what_the_recipe_trains(teacher):
     """On the same batches its weights are those of the engine, in float32."""
     settings = taught(teacher, "precision=fp32", "data.padding=0")
     ours, loop = bench.Ours(settings), PlainLoop(settings, workers=0)
-    batches = [ours.job.training.first_batch()]
+    batches = list(islice(ours.job.training._batches(0), 2))
     loop._batches = lambda images, shuffle: iter(batches)  # the draw alone is another one
-    ours.steps(1)
-    loop.steps(1)
+    ours.begin()
+    loop.begin()
     ours.close()
     a, b = (dict(c.job.method.student.named_parameters()) for c in (ours, loop))
     for name, p in a.items():
@@ -208,7 +213,7 @@ def test_what_is_not_plain_is_refused(tmp_path):
 
 def test_bench_prints_a_table_and_one_json_object(potstill, tmp_path):
     (tmp_path / "recipe.yaml").write_text(digits().to_yaml())
-    words = ["bench", "recipe.yaml", "--rounds", 2, "--steps", 2, "--against", "loop"]
+    words = ["bench", "recipe.yaml", "--rounds", 2, "--steps", 1, "--against", "loop"]
     code, output, errors = potstill(*words)
     assert (code, errors) == (0, "")
     assert "images/s of whole epochs, evaluation and checkpoint included" in output
@@ -236,7 +241,7 @@ def test_bench_alone_has_no_ratio(potstill, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["recipe.yaml", "--steps", 99], "an epoch has 3 batches, fewer than --steps 99"),
+        (["recipe.yaml", "--steps", 99], "an epoch has 3 batches, and --steps 99 comes after"),
         (["recipe.yaml", "epoch=3"], "epoch is unknown"),
         (["nothing.yaml"], "no such file"),
         (["recipe.yaml", "--against", "loops"], "loops"),

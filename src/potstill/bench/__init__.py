@@ -6,13 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 from potstill import memory
-from potstill.bench.contest import Contestant, Timing, contest, warm_up
+from potstill.bench.contest import FIRST, Contestant, Timing, contest, warm_up
 from potstill.bench.loop import PlainLoop
 from potstill.bench.ours import Ours
 from potstill.bench.report import as_object, table
 from potstill.recipe import Recipe
 
-__all__ = ["Contestant", "Ours", "PlainLoop", "Timing", "contest", "measure", "table", "warm_up"]
+__all__ = [
+    "FIRST",
+    "Contestant",
+    "Ours",
+    "PlainLoop",
+    "Timing",
+    "contest",
+    "measure",
+    "table",
+    "warm_up",
+]
 
 
 def measure(

@@ -10,17 +10,23 @@ from typing import Protocol
 
 import torch
 
+FIRST = 2
+"""Steps that belong to the begin of an epoch: workers start, and files are opened, in these."""
+
 
 class Contestant(Protocol):
-    """A training of which some steps and the end of an epoch can be carried out repeatedly."""
+    """A training whose epoch can be begun, gone on with for some steps, and ended, repeatedly."""
 
     name: str
     images: int
     """Of one epoch."""
     batch_size: int
 
+    def begin(self) -> None:
+        """Begin an epoch, up to and with its first `FIRST` steps."""
+
     def steps(self, count: int) -> None:
-        """Train on the first `count` batches of an epoch."""
+        """Train on the next `count` batches."""
 
     def end_epoch(self) -> float:
         """What an epoch ends with, evaluation first; the seconds that all of it would take."""
@@ -32,6 +38,8 @@ class Timing:
 
     batch_size: int
     images: int
+    opening_seconds: list[float] = field(default_factory=list)
+    """Of an epoch's begin, the first steps included."""
     step_seconds: list[float] = field(default_factory=list)
     """Mean over a round's steps."""
     ending_seconds: list[float] = field(default_factory=list)
@@ -44,16 +52,16 @@ class Timing:
     @property
     def images_per_second(self) -> list[float]:
         """Of whole epochs, evaluation and checkpoint included, by round."""
-        batches = self.images / self.batch_size
+        batches = self.images / self.batch_size - FIRST
+        rounds = zip(self.opening_seconds, self.step_seconds, self.ending_seconds, strict=True)
         return [
-            self.images / (batches * step + ending)
-            for step, ending in zip(self.step_seconds, self.ending_seconds, strict=True)
+            self.images / (opening + batches * step + ending) for opening, step, ending in rounds
         ]
 
 
 def warm_up(contestant: Contestant, steps: int, device: torch.device) -> float:
     """Carry out all that is timed once before; the seconds that the steps took."""
-    took = _seconds(partial(contestant.steps, steps), device)
+    took = _seconds(contestant.begin, device) + _seconds(partial(contestant.steps, steps), device)
     contestant.end_epoch()
     return took
 
@@ -72,8 +80,8 @@ def contest(
         first = number % len(contestants)
         for c in (*contestants[first:], *contestants[:first]):
             report(f"round {number + 1} of {rounds}: {c.name}")
-            c.steps(min(2, steps))
             timing = found[c.name]
+            timing.opening_seconds.append(_seconds(c.begin, device))
             timing.step_seconds.append(_seconds(partial(c.steps, steps), device) / steps)
             timing.ending_seconds.append(c.end_epoch())
     return found

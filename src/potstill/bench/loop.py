@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from potstill import training
+from potstill.bench.contest import FIRST
 from potstill.bench.ours import TESTED
 from potstill.data.resident import Resident
 from potstill.data.split import Split
@@ -54,12 +55,17 @@ class PlainLoop:
         self._test, self._scale = _Augmented(few, False), len(test) / len(few)
         self.workers = self._faster() if workers is None else workers
 
+    def begin(self) -> None:
+        """Begin an epoch, up to and with its first steps."""
+        self._under_way = self._batches(self._train, True)
+        self.steps(FIRST)
+
     def steps(self, count: int) -> None:
-        """Train on `count` batches."""
+        """Train on the next `count` batches."""
         losses, right, seen = 0.0, 0, 0
         method = self.job.method
         method.train()
-        for batch in islice(self._batches(self._train, True), count):
+        for batch in islice(self._under_way, count):
             out = self._turn.forward(batch, self._progress, None)
             terms = self._update.loss(out)
             loss = torch.stack(list(terms.values())).sum()
@@ -95,7 +101,7 @@ class PlainLoop:
         took: dict[int, float] = {}
         for number in (0, 2):
             self.workers = number
-            self.steps(3)
+            self.begin()
             began = time.perf_counter()
             self.steps(12)
             took[number] = time.perf_counter() - began

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from potstill import engine, stopwatch, training
+from potstill.bench.contest import FIRST
 from potstill.errors import PotstillError
 from potstill.evaluate import evaluate
 from potstill.recipe import Recipe
@@ -22,7 +23,7 @@ TESTED = 2000
 
 
 class Ours:
-    """The first phase of a recipe's training, from its first batch on each time.
+    """The first epoch of a recipe's training, again and again.
 
     A store that has no folder of its own is kept in a temporary one. After the warm-up all outputs
     of the timed steps are in it: it is measured as a full one.
@@ -47,12 +48,21 @@ class Ours:
         self._few = test.first(TESTED)
         self._scale = len(test) / len(self._few)
 
-    def steps(self, count: int) -> None:
-        """Train on the first `count` batches of an epoch."""
-        if count > self._batches:
-            raise PotstillError(f"an epoch has {self._batches} batches, fewer than --steps {count}")
+    def begin(self) -> None:
+        """Begin the first epoch anew, up to and with its first steps."""
         self.job.training.skip_to(0)
-        for _ in islice(self.job.training.run(), count):
+        self._under_way = self.job.training.run()
+        self.steps(FIRST)
+
+    def steps(self, count: int) -> None:
+        """Train on the next `count` batches."""
+        done = self.job.training.step
+        if done + count > self._batches:
+            raise PotstillError(
+                f"an epoch has {self._batches} batches, and --steps {count} comes after the first "
+                f"{FIRST}; give fewer"
+            )
+        for _ in islice(self._under_way, count):
             pass
 
     def end_epoch(self) -> float:
@@ -69,6 +79,7 @@ class Ours:
 
     def split(self, count: int) -> Mapping[str, float]:
         """Mean seconds of a step by part, of `count` steps: data, teacher, student and so on."""
+        self.begin()
         began = time.perf_counter()
         with stopwatch.running(self.device) as watch:
             self.steps(count)

@@ -1,11 +1,12 @@
-"""Whole runs of kd ResNet-56 -> ResNet-20 on CIFAR-100 beside a plain loop and beside their limits.
+"""Whole runs of kd ResNet-56 -> ResNet-20 on CIFAR-100 beside a plain loop and their limits.
 
-    python benchmarks/speed.py [--weights FILE] [--rounds 7] [--steps 60] [--eager] [--out FILE]
+    python benchmarks/speed.py --weights FILE [--rounds 7] [--steps 60]
+        [--compile teachers] [--out FILE]
 
 In one process, in turns, batch 64: kd with the teacher in every step, kd with a full store, plain
 training of the student, the plain loop of `potstill bench --against loop`, and two limits: the bare
 step of the student, and of student and teacher, on one batch that lies ready, with no data work,
-evaluation or checkpoint. Potstill's and the limits are compiled, unless --eager.
+evaluation or checkpoint. --compile is the recipes' setting, and that of the limits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LIMIT, BOTH = "bare student", "bare student and teacher"
 class Bare:
     """One batch that lies ready, again and again: forwards, loss, backward, optimiser step."""
 
-    def __init__(self, like: training.Assembled, name: str, taught: bool, compiled: bool) -> None:
+    def __init__(self, like: training.Assembled, name: str, taught: bool, compile: str) -> None:
         self.name, self.images, self.batch_size = name, len(like.data.train), 64
         self.student = like.method.student.module.train()
         self.precision = like.pace.precision
@@ -41,11 +42,11 @@ class Bare:
         self.optimizer = torch.optim.SGD(
             self.student.parameters(), 0.05, 0.9, weight_decay=5e-4, fused=True
         )
-        self.run_student: Any = torch.compile(self.student) if compiled else self.student
+        self.run_student: Any = torch.compile(self.student) if compile == "true" else self.student
         self.run_teacher: Any = self.teacher
-        if compiled and self.teacher is not None:
+        if compile != "false" and self.teacher is not None:
             self.run_teacher = torch.compile(self.teacher)
-        self.frozen = compiled
+        self.frozen = compile != "false"
 
     def begin(self) -> None:
         """The first steps of an epoch, which are like all others."""
@@ -85,9 +86,9 @@ class Bare:
         return 0.0
 
 
-def measure(weights: Path, rounds: int, steps: int, compiled: bool) -> dict[str, Any]:
+def measure(weights: Path, rounds: int, steps: int, compile: str) -> dict[str, Any]:
     """Images/s of all, by round."""
-    common = [f"compile={str(compiled).lower()}", "device=cpu"]
+    common = [f"compile={compile}", "device=cpu"]
     taught = recipe.load(KD, [f"teachers.0.weights={weights}", *common])
     stored = taught.model_copy(update={"store": recipe.Store()})
     ours = [
@@ -98,8 +99,8 @@ def measure(weights: Path, rounds: int, steps: int, compiled: bool) -> dict[str,
     contestants: list[bench.Contestant] = [
         *ours,
         bench.PlainLoop(taught, name="plain loop"),
-        Bare(training.assemble(taught), LIMIT, False, compiled),
-        Bare(training.assemble(taught), BOTH, True, compiled),
+        Bare(training.assemble(taught), LIMIT, False, compile),
+        Bare(training.assemble(taught), BOTH, True, compile),
     ]
     device = torch.device("cpu")
     with memory.kept(device):
@@ -111,7 +112,7 @@ def measure(weights: Path, rounds: int, steps: int, compiled: bool) -> dict[str,
         found = bench.contest(contestants, rounds, steps, device, lambda s: print(s, flush=True))
         hit_rate = ours[1].hit_rate()
         split = {c.name: dict(c.split(steps)) for c in ours}
-    environment = describe_environment("cpu", precision=ours[0].job.precision, compile=compiled)
+    environment = describe_environment("cpu", precision=ours[0].job.precision, compile=compile)
     environment.pop("command")
     for c in ours:
         c.close()
@@ -160,10 +161,10 @@ if __name__ == "__main__":
     parser.add_argument("--weights", type=Path, required=True, help="the ResNet-56")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--compile", default="teachers", choices=["teachers", "true", "false"])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    result = measure(options.weights, options.rounds, options.steps, not options.eager)
+    result = measure(options.weights, options.rounds, options.steps, options.compile)
     for name, speeds in result["images_per_second"].items():
         steps = statistics.median(result["step_images_per_second"][name])
         print(f"{name}: {statistics.median(speeds):.0f} images/s, {steps:.0f} of the steps alone")

@@ -1,7 +1,7 @@
 """Write sections of docs/results.md from files of runs and benchmarks: no figure is typed by hand.
 
     python benchmarks/write_results.py [--short RUN ...] [--features RUN ...] [--demo DIR] \
-        [--overhead FILE ...] [--taps FILE] [--methods FILE ...] \
+        [--speed FILE ...] [--compiling FILE] [--fidelity FILE] [--taps FILE] [--methods FILE ...] \
         [--tiny FILE ...] [--svd FILE ...] [--online RUN ...] [--together FILE ...] \
         [--stochastic RUN ...] [--skipping FILE ...] [--cross-task RUN ...] \
         [--reproduced DIR]
@@ -17,6 +17,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from potstill import recipe, report
@@ -115,30 +116,114 @@ def demo(directory: Path) -> list[str]:
     ]
 
 
-def overhead(files: Sequence[Path]) -> list[str]:
-    """What the engine costs beside a bare loop."""
-    rows = []
+def speed(files: Sequence[Path]) -> list[str]:
+    """Whole runs beside a plain loop and beside what bare steps take."""
+    parts = [
+        "## Speed: kd ResNet-56 to ResNet-20 on CIFAR-100\n",
+        "Images a second, medians of rounds in turns in one process, batch 64. A whole epoch has "
+        "evaluation on the 10,000 test images and, but for the loop, a checkpoint. The plain loop "
+        "is that of `potstill bench --against loop`; the bare steps are the limit of the machine: "
+        "one batch that lies ready, no data work, evaluation or checkpoint.\n",
+    ]
+    commands = []
     for path in files:
         found = json.loads(path.read_text())
-        (low, high), (step_low, step_high) = found["ratio_range"], found["ratio_of_steps_range"]
-        rows.append(
+        rows = [
             [
-                found["environment"]["precision"],
-                f"{found['images_per_second']:.0f}",
-                f"{found['reference_images_per_second']:.0f}",
-                f"{found['ratio']:.3f} ({low:.3f} to {high:.3f})",
-                f"{found['ratio_of_steps']:.3f} ({step_low:.3f} to {step_high:.3f})",
-                str(found["n"]),
+                name,
+                f"{median(speeds):.0f}",
+                f"{median(found['step_images_per_second'][name]):.0f}",
+                f"{found['first_seconds'][name]:.0f}",
             ]
+            for name, speeds in found["images_per_second"].items()
+        ]
+        head = ["", "images/s, whole epochs", "of the steps alone", "s, first steps"]
+        ratios = [
+            [name, f"{r['median']:.3f}", "{:.3f} to {:.3f}".format(*r["range"])]
+            for name, r in found["ratios"].items()
+        ]
+        compiled = found["environment"]["compile"]
+        split = next(iter(found["split"].values()))
+        parts += [
+            f"### `compile={compiled}`\n",
+            table(head, rows) + "\n",
+            table(["ratio by round", "median", f"range, n = {found['n']}"], ratios) + "\n",
+            "Milliseconds of a step:\n",
+            table(
+                ["", *split],
+                [
+                    [name, *(f"{1000 * seconds:.2f}" for seconds in of.values())]
+                    for name, of in found["split"].items()
+                ],
+            )
+            + "\n",
+            f"On: {hardware(found['environment'])}. Rounds of {found['steps']} steps; the loop "
+            f"with {found['loop_workers'] or 'no'} worker processes; of the outputs that the full "
+            f"store was asked for {100 * found['hit_rate']:.0f} % were there.\n",
+        ]
+        commands.append(
+            f"python benchmarks/speed.py --weights FILE --rounds {found['n']} --steps "
+            f"{found['steps']} --compile {compiled} --out {path.as_posix()}"
         )
-        place = hardware(found["environment"])
-    head = ["precision", "whole run", "bare loop", "ratio", "ratio of steps alone", "n"]
+    return [*parts, "```bash\n" + "\n".join(commands) + "\n```\n"]
+
+
+def compiling(path: Path) -> list[str]:
+    """What torch.compile brings each network."""
+    found = json.loads(path.read_text())
+    rows = []
+    for name, row in found["models"].items():
+        cells = [f"`{name}`"]
+        for role in ("student", "teacher"):
+            low, high = row["speedup"][role]["range"]
+            cells += [
+                f"{1000 * row['seconds'][f'{role}, eager']:.1f}",
+                f"{row['speedup'][role]['median']:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        took = row["first_seconds"]
+        cells.append(f"{took['student, compiled'] + took['teacher, compiled']:.0f}")
+        rows.append(cells)
+    head = ["network", "ms, student", "times", "ms, teacher", "times", "s, first"]
     return [
-        "## Overhead: kd ResNet-56 to ResNet-20, batch 64, CIFAR-100\n",
-        "Images a second, medians. The bare loop has no data work, evaluation or checkpoints.\n",
+        "## Compiling: a student's step and a teacher's forward\n",
+        f"Batches of {found['batch_size']} images of 32x32, medians of {found['n']} rounds in "
+        'turns, milliseconds as it is; "times" is how much faster when compiled. The first '
+        "compiled calls took so many seconds, less where kernels of earlier runs were on the disk."
+        "\n",
         table(head, rows) + "\n",
-        f"On: {place}.\n",
-        "```bash\npython benchmarks/engine_overhead.py --out benchmarks/results/FILE.json\n```\n",
+        f"On: {hardware(found['environment'])}.\n",
+        "```bash\n"
+        f"python benchmarks/compile_cost.py {' '.join(found['models'])} --rounds {found['n']} "
+        f"--steps {found['steps']} --out {path.as_posix()}\n```\n",
+    ]
+
+
+def fidelity(path: Path) -> list[str]:
+    """What a store changes."""
+    found = json.loads(path.read_text())
+    rows = [
+        [f"`{name}`", *(f"{terms[t]:.1e}" if terms[t] else "0" for t in ("ce", "kd"))]
+        for name, terms in found["largest_relative_difference"].items()
+    ]
+    test, accuracy = found["paired_t_test"], found["accuracy"]
+    means = {name: sum(values) / len(values) for name, values in accuracy.items()}
+    equal = "equal bit for bit" if found["bf16_weights_equal"] else "not equal"
+    settings = " ".join(f"'{s}'" if " " in s else s for s in found["settings"])
+    return [
+        "## The teacher store: what reading changes\n",
+        f"kd ResNet-56 to ResNet-20 on CIFAR-100. Largest relative difference of each term over "
+        f"{found['batches']} batches of {found['batch_size']}, the same weights and images with "
+        "live and with stored outputs:\n",
+        table(["kept", "ce", "kd"], rows) + "\n",
+        f"Final accuracy of {found['n']} seeds ({settings}), float32, live "
+        f"{means['live']:.2f} %, stored in 16 bits {means['stored']:.2f} %: paired by seed "
+        f"{test['mean']:+.2f} ± {test['half_width']:.2f} points (95 % t-interval), p = "
+        f"{test['p']:.2f} of a two-sided paired t-test, n = {found['n']}. In bf16 the weights with "
+        f"and without a store are {equal}.\n",
+        f"On: {hardware(found['environment'])}.\n",
+        "```bash\n"
+        f"python benchmarks/store_fidelity.py --weights FILE --batches {found['batches']} --seeds "
+        f"{found['n']} --out {path.as_posix()}\n```\n",
     ]
 
 
@@ -471,7 +556,9 @@ if __name__ == "__main__":
     parser.add_argument("--short", type=Path, nargs="+", help="runs of vanilla and kd")
     parser.add_argument("--features", type=Path, nargs="+", help="runs of feature methods")
     parser.add_argument("--demo", type=Path)
-    parser.add_argument("--overhead", type=Path, nargs="+")
+    parser.add_argument("--speed", type=Path, nargs="+")
+    parser.add_argument("--compiling", type=Path, help="of compile_cost.py")
+    parser.add_argument("--fidelity", type=Path, help="of store_fidelity.py")
     parser.add_argument("--taps", type=Path)
     parser.add_argument("--methods", type=Path, nargs="+")
     parser.add_argument("--tiny", type=Path, nargs="+", help="of method_cost.py on 64x64 images")
@@ -496,7 +583,9 @@ if __name__ == "__main__":
         *([trainings(budget, options.short)] if options.short else []),
         *([trainings(features, options.features, ON_FEATURES)] if options.features else []),
         *([demo(options.demo)] if options.demo else []),
-        *([overhead(options.overhead)] if options.overhead else []),
+        *([speed(options.speed)] if options.speed else []),
+        *([compiling(options.compiling)] if options.compiling else []),
+        *([fidelity(options.fidelity)] if options.fidelity else []),
         *([taps(options.taps)] if options.taps else []),
         *([methods(cost, ON_CIFAR, options.methods)] if options.methods else []),
         *([methods(tiny, ON_TINY, options.tiny)] if options.tiny else []),

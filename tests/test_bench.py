@@ -4,6 +4,7 @@ import json
 import re
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -86,6 +87,7 @@ def test_the_ratio_is_of_rounds_not_of_medians():
 
     class Job:
         environment: ClassVar = {"cpu": "some"}
+        training = SimpleNamespace(phases=[SimpleNamespace(name="distill")])
 
     class One:
         name, job, workers = "ours", Job(), 0
@@ -204,7 +206,7 @@ def test_what_is_not_plain_is_refused(tmp_path):
     online = {**DIGITS, "students": ["resnet8", "resnet8"], "method": "afd_online"}
     optimizers = {name: {"name": "adam", "lr": 0.01} for name in ("features", "discriminators")}
     online["optimizers"] = {**DIGITS["optimizers"], **optimizers}
-    with pytest.raises(PotstillError, match="afd_online has more than one update in a step"):
+    with pytest.raises(PotstillError, match="AFDOnline takes more than one gradient in a step"):
         PlainLoop(recipe.resolve(online), workers=0)
 
 

@@ -332,3 +332,45 @@ def test_a_module_of_as_many_classes_is_no_teacher_of_these_where_tasks_overlap(
             quiet=True,
         )
         assert list(run.result["teachers"]) == (["teacher0"] if overlap else [])
+
+
+def test_a_teacher_s_outputs_are_kept_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And read the second time; the students are the same, but for rounding in 16 bits."""
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
+    given = (network(1), images(), images(seed=1))
+    alone, first, second = (network() for _ in range(3))
+    go(given[0], alone, *given[1:])
+    assert not list(tmp_path.iterdir())
+    kept = [go(given[0], student, *given[1:], store={"bits": 32}) for student in (first, second)]
+    counts = [[m["time"]["store"] for m in run.metrics] for run in kept]
+    assert counts[0][0]["computed"] == 48 and counts[0][0]["read"] == 0
+    assert all(c["computed"] == 0 and c["read"] == 48 for c in counts[1])
+    for a, b, c in zip(*(s.state_dict().values() for s in (alone, first, second)), strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(a, b)
+    with pytest.raises(DataError, match="not for a dataset that augments itself"):
+        floats = [(x.float(), y) for x, y in images()]
+        go(given[0], network(), floats, floats, store=True)
+
+
+@pytest.mark.usefixtures("ready_kernels")
+def test_a_compiled_teacher_that_is_given_again_teaches_what_it_is_now() -> None:
+    """Its weights are constants of compiled code, which must not outlive them."""
+    teacher = potstill.Net(network(1), input_shape=SHAPE)
+    given = (images(), images(seed=1))
+
+    def terms(of: potstill.Net, compile: Any) -> dict[str, float]:
+        run = go(of, network(3), *given, epochs=1, compile=compile)
+        found: dict[str, float] = run.metrics[0]["terms"]
+        return found
+
+    before = terms(teacher, "teachers")
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(-3)
+    expected = terms(potstill.Net(copy.deepcopy(teacher.module), input_shape=SHAPE), False)
+    assert abs(expected["kd"] - before["kd"]) > 0.005
+    assert terms(teacher, "teachers") == pytest.approx(expected, rel=1e-4)
+    assert terms(teacher, False) == pytest.approx(expected, rel=1e-4)
+    assert teacher._compiled_call_impl is None, "it is given back as it came"

@@ -481,7 +481,7 @@ def bench(
         str, typer.Argument(help="A shipped recipe (potstill list recipes), or a .yaml.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="compile=true store=true")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="compile=teachers store=true")
     ] = None,
     against: Annotated[
         Rival | None, typer.Option(help="The same as a plain loop, measured in turns.")

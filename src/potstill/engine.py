@@ -170,8 +170,10 @@ def _few(names: Sequence[str]) -> str:
     return f"{list(names[:4])}{more}"
 
 
-def compile_networks(method: Method) -> None:
+def compile_networks(method: Method, students: bool = True) -> None:
     """Compile every network of a method, in place, but for those that draw sub-networks.
+
+    Or the teachers alone.
 
     Raises MethodError where that cannot work.
     """
@@ -183,6 +185,9 @@ def compile_networks(method: Method) -> None:
             f"{type(method).__name__} differentiates the teacher with respect to its input, and a "
             "compiled network cannot be differentiated twice; set compile=false"
         )
+    if method.teachers:
+        # code with a teacher's weights as constants would serve the same parameters with others
+        torch.compiler.reset()
     # a turn may differentiate one forward several times; donated buffers are freed by the first
     functorch_config.donated_buffer = False
     # or what was compiled for one network's taps would serve another network of that architecture
@@ -193,10 +198,12 @@ def compile_networks(method: Method) -> None:
     dynamo_config.recompile_limit += wanted
     dynamo_config.accumulated_recompile_limit += wanted
     for net in method.by_name.values():
-        if net.samples:  # what runs of a sub-network is another graph in every step
+        teaches = any(net is teacher for teacher in method.teachers)
+        # what runs of a sub-network is another graph in every step
+        if net.samples or not (students or teaches):
             continue
         net.compile()
-        if any(net is teacher for teacher in method.teachers):
+        if teaches:
             _freeze(net)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -40,7 +40,8 @@ def distill(
     out: str | Path | None = None,
     resume: bool = False,
     precision: str = "auto",
-    compile: bool = False,
+    compile: bool | Literal["teachers"] = False,
+    store: bool | Mapping[str, Any] = False,
     device: str = "auto",
     quiet: bool = False,
     **arguments: Any,
@@ -58,7 +59,8 @@ def distill(
     recipe, their milestones and warm-ups in epochs of this training; None for RepDistiller's, whose
     rate drops to a tenth at 15, 18 and 21 of every 24 epochs, and not in a shorter first phase.
     `arguments` are the method's own. With `out` the run is a directory that `resume` continues;
-    without, nothing is written. A student module is trained in place; a teacher is not changed.
+    without, nothing is written, but for the teacher's outputs where `store` keeps them (True, or
+    settings as in a recipe). A student module is trained in place; a teacher is not changed.
     `run.student` is the student module, or, for methods that predict with more than it (SimKD,
     NORM), a module from images to logits that contains it. `run.students` are all modules that
     predict: where networks teach each other, every student, and their ensemble last.
@@ -92,6 +94,7 @@ def distill(
             "schedule_epochs": {} if optimizers is None else None,
             "seed": seed,
             "precision": precision,
+            "store": dict(store) if isinstance(store, Mapping) else store,
             "compile": compile,
             "device": device,
         },
@@ -138,6 +141,7 @@ def distill(
             setattr(thing, name, value)
         for net, _ in (*learning, *taught):
             net.take_out()
+            net._compiled_call_impl = None  # it may be changed, or learn, before it teaches again
             if not any(net is given for given in (*students, *teachers)):
                 net.close()
     return run

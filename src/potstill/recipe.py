@@ -341,7 +341,8 @@ class Recipe(Part):
     """auto: bf16 where the device has it, unless the method differentiates images."""
     store: Store | None = None
     """Whether teachers' outputs are kept and read: true, false, or a mapping."""
-    compile: bool = False
+    compile: bool | Literal["teachers"] = False
+    """Whether networks are compiled: true, false, or the teachers alone."""
     channels_last: bool = True
     evaluate_every: Count = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""

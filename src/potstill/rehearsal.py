@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -64,7 +63,8 @@ def rehearse(job: Assembled, seconds: float = 2.0) -> Rehearsal:
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
     costs, evaluating = {}, 0.0
-    with memory.kept(job.device), closing(job.store or ExitStack()):
+    job.method.stored = None  # a training alone writes into a store
+    with memory.kept(job.device):
         for index, phase in enumerate(training.phases):
             few = Few(whole)
             training.images = few

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Assembled:
     training: engine.Training
     data: datasets.Data
     device: torch.device
-    compile: bool
+    compile: bool | Literal["teachers"]
     names: Sequence[str]
     """The students' architectures, or where their classes come from; likewise the teachers'."""
     teacher_names: Sequence[str]
@@ -104,7 +104,12 @@ class Assembled:
     @property
     def precision(self) -> str:
         """What networks are autocast to: "bfloat16" or "float32"."""
-        return _in_full(self.pace.precision)
+        return _type_name(self.pace.precision)
+
+    def compile_networks(self) -> None:
+        """Compile what the recipe says, if anything. Raises MethodError where that cannot work."""
+        if self.compile:
+            engine.compile_networks(self.method, students=self.compile is True)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -135,7 +140,7 @@ def assemble(recipe: Recipe, report: Callable[[str], None] | None = None) -> Ass
     return put_together(recipe, data, students, taught, device)
 
 
-def _in_full(precision: torch.dtype | None) -> str:
+def _type_name(precision: torch.dtype | None) -> str:
     """ "bfloat16" or "float32"."""
     return str(precision or torch.float32).removeprefix("torch.")
 
@@ -201,7 +206,7 @@ def _store(
     names: Sequence[str],
 ) -> teacher_store.Stored | None:
     """The stores that a recipe asks for, given to its method; refused where that would be wrong."""
-    if recipe.store is None:
+    if recipe.store is None or not method.teachers:
         return None
     engine.require_storable(method)
     settings, images = recipe.store, data.train.images
@@ -211,7 +216,7 @@ def _store(
     )
     about = {"data": data.name, "training_images": len(data.train)}
     store = teacher_store.stored(
-        method, names, images, how, _in_full(pace.precision), recipe.compile, about
+        method, names, images, how, _type_name(pace.precision), bool(recipe.compile), about
     )
     views = len(images.codes) if images.pool is None else images.pool.shape[1]
     store.require_room(len(data.train), views, sum(pace.epochs.values()))
@@ -443,8 +448,7 @@ def carry_out(job: Assembled, run: Run, watcher: Watcher) -> None:
         _introduce(job, watcher)
         teachers, same_images = _check_teachers(job, watcher)
         _resume(job, run, watcher)
-        if job.compile:
-            engine.compile_networks(job.method)
+        job.compile_networks()
         try:
             with _stop_requests() as requested, memory.kept(job.device):
                 tested = _train(job, run, watcher, requested)
@@ -500,7 +504,7 @@ def _train(
 def _since(store: teacher_store.Stored, watcher: Watcher) -> dict[str, int]:
     """What a store did in an epoch; what it found damaged is said."""
     counts = store.take_counts()
-    for fault in store.faults():
+    for fault in store.new_faults():
         watcher.say(f"note: {fault}")
     if counts.damaged:
         watcher.say(
@@ -572,7 +576,8 @@ def _introduce(job: Assembled, watcher: Watcher) -> None:
         f"{len(data.test):,} test"
     )
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
-    watcher.say(f"on {job.device}, {job.precision}{', compiled' if job.compile else ''}{ranks}")
+    compiled = {False: "", True: ", compiled", "teachers": ", teachers compiled"}[job.compile]
+    watcher.say(f"on {job.device}, {job.precision}{compiled}{ranks}")
     if job.compile and (eager := [n for n, net in job.method.by_name.items() if net.samples]):
         watcher.say(f"not compiled, because their blocks come and go: {', '.join(eager)}")
     for store in job.store.stores if job.store is not None else ():

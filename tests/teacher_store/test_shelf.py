@@ -238,7 +238,12 @@ def test_a_description_that_is_not_what_was_written_is_a_fault(position: int, tm
     assert fault[0] == path and "is damaged" in fault[1]
     assert any("fault: " in line for line in describe(find(tmp_path), 1))
     assert as_objects(find(tmp_path), 1)[0]["faults"] == [fault[1]]
-    assert prune(only(tmp_path), damaged=True)[0] == [folder] and not folder.exists()
+    assert prune(only(tmp_path), damaged=True)[0] == [path], "its rows are whole"
+    assert rows_of(folder) and only(tmp_path).outputs
+    assert "no such file" in only(tmp_path).faults[path], "until a training writes it again"
+    assert prune(only(tmp_path), damaged=True) == ([], 0)
+    prune(only(tmp_path))
+    assert not folder.exists()
 
 
 def test_nothing_damaged_is_nothing_pruned(tmp_path: Path):

@@ -31,7 +31,8 @@ from potstill.models import build
 from potstill.net import Net
 from potstill.stochastic_depth import stochastic
 from potstill.teacher_store import Counts, Settings, Stored, TeacherStore, stored
-from potstill.teacher_store.store import CHUNK, fingerprint, key_of
+from potstill.teacher_store.rows import Column
+from potstill.teacher_store.store import AHEAD, CHUNK, fingerprint, key_of
 from potstill.training import data_spec
 from tests.methods import test_contract as contract
 from tests.toys import ToyImages, plan, toy_net
@@ -327,17 +328,18 @@ def test_the_highest_logits_are_stored_as_they_are(tmp_path: Path):
 
 def test_a_teacher_is_given_chunks_of_one_size_and_each_image_once(tmp_path: Path):
     """192 images in batches of 20: the first eight batches have 160, of which 128 fill chunks as
-    batches need them, and so on: 3 chunks; and one of the first batch, for the types."""
+    batches need them, and so on: 3 chunks; and two of the first batch, for the types and to see
+    that it says the same again."""
     method = build_method(batch_size=20)
     sizes, store = given(method.teachers[0]), keep(method, tmp_path)
     train(method, store)
     assert set(sizes) == {SIZE} and store.counts.computed == BATCHES * SIZE
-    assert len(sizes) - 1 in (3, 4)
+    assert len(sizes) - 2 in (3, 4)
     store.close()
     method = build_method(batch_size=20)
     sizes, store = given(method.teachers[0]), keep(method, tmp_path)
     train(method, store)
-    assert sizes == [SIZE] * 2, "the first batch for the types, and one chunk to compare"
+    assert sizes == [SIZE] * 3, "the first batch twice, and one chunk to compare"
     assert store.counts == Counts(read=BATCHES * SIZE, compared=SIZE)
 
 
@@ -393,7 +395,7 @@ def test_a_teacher_is_not_asked_in_a_phase_that_does_without(tmp_path: Path):
         if moment.phase == "alone":
             assert not sizes and not folders(tmp_path)
     assert store.counts == Counts(computed=BATCHES * SIZE)
-    assert len(sizes) == BATCHES + 1
+    assert len(sizes) == BATCHES + 2
 
 
 def test_a_batch_that_was_not_supplied_is_taught_live(tmp_path: Path):
@@ -535,26 +537,28 @@ def test_a_file_that_cannot_be_read_is_told_and_done_without(tmp_path: Path):
     store = keep(method, tmp_path)
     first = train(method, store)
     store.close()
-    assert store.faults() == []
+    assert store.new_faults() == []
     (path,) = files_of(tmp_path)
     flip(path, 20)
     method = build_method()
     store = keep(method, tmp_path)
     assert train(method, store) == first
     assert store.counts == Counts(computed=BATCHES * SIZE)
-    assert store.faults() == [f"{path} is damaged: its header is not what was written; delete it"]
+    told = f"{path} is damaged: its header is not what was written; delete it"
+    assert store.new_faults() == [told]
+    assert store.new_faults() == []  # once is enough
 
 
 class Mood(nn.Module):
-    """Multiplies by a plain number, which no fingerprint sees."""
+    """Multiplies by a number in a list, which no fingerprint sees."""
 
     def __init__(self, module: nn.Module, factor: float = 1.0) -> None:
         super().__init__()
-        self.module, self.factor = module, factor
+        self.module, self.held = module, [factor]
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.module(x)
-        return found * self.factor
+        return found * self.held[0]
 
 
 def moody(factor: float = 1.0) -> Net:
@@ -579,7 +583,7 @@ def test_an_output_that_is_no_longer_what_the_teacher_says_stops_the_training(
         for moment in Training(method, digits(views=1).train, pace, store.supply).run():
             steps += 1
             if moment.epoch_done:
-                method.teachers[0].module.factor = factor  # type: ignore[assignment]
+                method.teachers[0].module.held[0] = factor  # type: ignore[index, operator]
                 before = weights(method)
     assert steps == BATCHES
     contract.assert_same(before, weights(method))
@@ -613,16 +617,16 @@ def test_a_changed_map_is_noticed_where_the_logits_are_as_they_were(tmp_path: Pa
     """Channels of a map, reversed, and reversed again before the rest of the network."""
 
     class Turned(nn.Module):
-        turn = False
+        held = (False,)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x.flip(1) if self.turn else x
+            return x.flip(1) if self.held[0] else x
 
     def teacher(turn: bool) -> Net:
         net = network(9)
         parts = [Turned(), Turned()]
         for part in parts:
-            part.turn = turn
+            part.held = (turn,)
         net.module.layer2 = nn.Sequential(net.module.layer2, *parts)  # type: ignore[union-attr]
         return Net(net.module, {"map": "layer2.1"}, (1, 8, 8))
 
@@ -894,3 +898,105 @@ def test_a_fingerprint_is_of_layers_and_numbers_not_of_an_object():
     assert fingerprint(one) == fingerprint(other)
     other.module.relu = nn.GELU()  # type: ignore[assignment]
     assert fingerprint(one) != fingerprint(other)
+
+
+# --- what a review found --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["replaced", "in place"])
+def test_images_that_a_method_has_changed_are_the_teachers_to_judge(change: str, tmp_path: Path):
+    """(index, view) does not say what they are any more; nothing is read for them, or kept."""
+    method = build_method()
+    store = keep(method, tmp_path, bits=32)
+    (batch,) = list(itertools.islice(store.supply(digits(views=1).train.clean(SIZE)), 1))
+    if change == "replaced":
+        batch = batch._replace(image=batch.image.flip(0))
+    else:
+        batch.image.mul_(0.5)
+    assert store(batch) is None
+    assert not files_of(tmp_path)
+    with torch.no_grad():
+        expected = method.teachers[0](batch.image).logits
+    torch.testing.assert_close(method.teach(batch)[0].logits, expected)
+
+
+def test_stored_outputs_that_come_late_in_an_epoch_are_compared_too(tmp_path: Path):
+    """None of the images that are known at first is stored; the last ones are."""
+    method = build_method(teachers=[moody()])
+    store = keep(method, tmp_path, bits=32)
+    whole = list(datasets.load("digits", views=1).train.clean(20))
+    for batch in store.supply(whole[-1:]):
+        store(batch)
+    store.close()
+    assert len(whole) * 20 > AHEAD
+    method.teachers[0].module.held[0] = -1.0  # type: ignore[index, operator]
+    store = keep(method, tmp_path, bits=32)
+    with pytest.raises(StorageError, match="is not what it says now"):
+        for batch in store.supply(whole):
+            store(batch)
+    assert store.counts.compared == 0
+
+
+class Noisy(nn.Module):
+    """Adds noise in eval mode too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.module(x)
+        return found + torch.randn_like(found)
+
+
+def test_a_teacher_that_says_other_things_each_time_is_refused(tmp_path: Path):
+    method = build_method(teachers=[Net(Noisy(network(9).module), input_shape=(1, 8, 8))])
+    store = keep(method, tmp_path)
+    with pytest.raises(MethodError, match="it says another 'logits' of the same images each time"):
+        train(method, store)
+    assert not files_of(tmp_path)
+
+
+def test_what_is_no_weight_is_of_the_fingerprint_too():
+    """A buffer that is not saved, a plain number, the code of a module of one's own."""
+    base = fingerprint(moody())
+    assert fingerprint(moody()) == base
+    other = moody()
+    other.module.register_buffer("table", torch.ones(2), persistent=False)  # type: ignore[operator]
+    with_buffer = fingerprint(other)
+    other.module.table.mul_(2)  # type: ignore[operator, union-attr]
+    numbered = moody()
+    numbered.module.scale = 2.0  # type: ignore[assignment]
+    elsewhere = Net(Noisy(network(9).module), input_shape=(1, 8, 8))
+    found = [base, with_buffer, fingerprint(other), fingerprint(numbered), fingerprint(elsewhere)]
+    assert len(set(found)) == len(found)
+
+
+def test_a_disk_that_becomes_full_costs_the_store_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The losses are as ever, and it is told once."""
+    method = build_method()
+    expected = train(method, keep(method, tmp_path / "room"))
+    method = build_method()
+    store = keep(method, tmp_path / "none")
+
+    def full(*given: object) -> None:
+        raise StorageError("rows cannot be written: no space left on the device")
+
+    monkeypatch.setattr(Column, "append", full)
+    assert train(method, store) == expected
+    assert store.new_faults() == [
+        "rows cannot be written: no space left on the device. The training goes on, and keeps no "
+        "more outputs"
+    ]
+    assert store.new_faults() == []
+
+
+def test_a_method_that_does_not_say_what_it_reads_is_told(tmp_path: Path):
+    method = build_method()
+    store = keep(method, tmp_path)
+    batch = next(iter(store.supply(digits(views=1).train.clean(SIZE))))
+    (captured,) = method.teach(batch)
+    with pytest.raises(MethodError, match="takes 'embed' of its teacher, which its `reads`"):
+        captured["embed"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from potstill import memory
 from potstill.bench.contest import FIRST, Contestant, Timing, contest, warm_up
-from potstill.bench.loop import PlainLoop
+from potstill.bench.loop import PlainLoop, require_plain
 from potstill.bench.ours import Ours
 from potstill.bench.report import as_object, table
 from potstill.recipe import Recipe
@@ -33,6 +33,8 @@ def measure(
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a training, in turns with the plain loop of a recipe where one is given."""
+    if against is not None:
+        require_plain(ours.job)
     with memory.kept(ours.device):
         report("warming up")
         first_seconds = warm_up(ours, steps, ours.device)

@@ -21,12 +21,27 @@ from potstill.bench.ours import TESTED
 from potstill.data.resident import Resident
 from potstill.data.split import Split
 from potstill.errors import PotstillError
-from potstill.method import Batch, Progress
+from potstill.method import Batch, Progress, of_sum
 from potstill.recipe import Recipe
 
 
+def require_plain(job: training.Assembled) -> None:
+    """Raise PotstillError for a training that the plain loop cannot be."""
+    leave = "leave out --against loop"
+    (*_, phase) = job.training.phases
+    updates = [update for turn in phase.turns for update in turn.updates]
+    if len(updates) != 1 or updates[0].gradients is not of_sum:
+        name = type(job.method).__name__
+        raise PotstillError(f"{name} takes more than one gradient in a step; {leave}")
+    images = job.data.train.images
+    if not isinstance(images, Resident):
+        raise PotstillError(f"the plain loop decodes no files, and these images are files; {leave}")
+    if images.pad_mode != "zero":
+        raise PotstillError(f"the plain loop pads with black; set data.pad_mode=zero, or {leave}")
+
+
 class PlainLoop:
-    """The first phase of a recipe, written down plainly. Raises PotstillError for what is not.
+    """The last phase of a recipe, written down plainly; one that `require_plain` lets pass.
 
     `workers` processes prepare batches; None: none or two, whichever is faster here.
     """
@@ -35,13 +50,11 @@ class PlainLoop:
         self.name = name
         plain = {"store": None, "compile": False, "precision": "fp32", "channels_last": False}
         self.job = training.assemble(recipe.model_copy(update=plain))
-        self.batch_size, self.images = recipe.data.batch_size, len(self.job.data.train)
+        self.batch_size = recipe.data.batch_size
+        self.images = self.job.training.lengths[-1].images
         self.device = self.job.device
-        phase = self.job.training.phases[0]
-        if len(phase.turns) != 1 or len(phase.turns[0].updates) != 1:
-            raise PotstillError(
-                f"{recipe.method.name} has more than one update in a step, and the plain loop one"
-            )
+        require_plain(self.job)
+        phase = self.job.training.phases[-1]
         self._turn, (self._update,) = phase.turns[0], phase.turns[0].updates
         self._optimizer = self.job.pace.plan(phase.name, self._update.name).make(
             self._update.parameters
@@ -72,6 +85,8 @@ class PlainLoop:
             self._optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
+            if self._turn.after_step is not None:
+                self._turn.after_step(out)
             losses += loss.item() * len(batch.label)
             if getattr(out, "students", None):
                 right += int((out.students[0].logits.argmax(1) == batch.label).sum())
@@ -113,11 +128,7 @@ class _Augmented(torch.utils.data.Dataset[Any]):
 
     def __init__(self, split: Split, train: bool) -> None:
         images = split.images
-        if not isinstance(images, Resident):
-            raise PotstillError(
-                "the plain loop is for sets of small images in memory; these are decoded from "
-                "files by both"
-            )
+        assert isinstance(images, Resident), "require_plain has seen to that"
         self.pixels = images.pixels()[split.indices.cpu()].numpy()
         self.labels = split.labels.tolist()
         self.indices = split.indices.tolist()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from potstill import engine, stopwatch, training
+from potstill import stopwatch, training
 from potstill.bench.contest import FIRST
 from potstill.errors import PotstillError
 from potstill.evaluate import evaluate
@@ -23,7 +23,7 @@ TESTED = 2000
 
 
 class Ours:
-    """The first epoch of a recipe's training, again and again.
+    """The first epoch of a recipe's last phase, again and again.
 
     A store that has no folder of its own is kept in a temporary one. After the warm-up all outputs
     of the timed steps are in it: it is measured as a full one.
@@ -39,18 +39,18 @@ class Ours:
         self.device = self.job.device
         self.job.training.images = Few(self.job.training.images)  # a preparation is no step
         self.batch_size = recipe.data.batch_size
-        self.images = len(self.job.data.train)
-        if self.job.compile:
-            engine.compile_networks(self.job.method)
+        self.job.compile_networks()
         self._run = Run.create(Path(self._folder.name) / "run", recipe.to_yaml(), {})
-        self._batches = -(-self.images // self.batch_size)
+        self._phase = len(self.job.training.phases) - 1
+        length = self.job.training.lengths[self._phase]
+        self.images, self._batches = length.images, length.steps_per_epoch
         test = self.job.held_out
         self._few = test.first(TESTED)
         self._scale = len(test) / len(self._few)
 
     def begin(self) -> None:
-        """Begin the first epoch anew, up to and with its first steps."""
-        self.job.training.skip_to(0)
+        """Begin the epoch anew, up to and with its first steps."""
+        self.job.training.skip_to(self._phase)
         self._under_way = self.job.training.run()
         self.steps(FIRST)
 

@@ -46,6 +46,8 @@ def as_object(
         "range": _range(own.images_per_second),
         "first_seconds": first_seconds,
         "steps": steps,
+        "phase": ours.job.training.phases[-1].name,
+        "phases": len(ours.job.training.phases),
         "hit_rate": hit_rate,
     }
     if loop is not None:
@@ -75,6 +77,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
         f"{result['step_images_per_second']:,.0f} images/s of the steps alone; the first "
         f"{steps} took {result['first_seconds']:.1f} s, with all that is compiled or built once",
     ]
+    if result["phases"] > 1:
+        lines.append(f"of the last of {result['phases']} phases, {result['phase']}")
     if result["hit_rate"] is not None:
         lines.append(f"stored outputs: {100 * result['hit_rate']:.1f} % were there, a full store")
     lines.append(f"at most {in_bytes(result['peak_memory_bytes'])} of memory")

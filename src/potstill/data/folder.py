@@ -78,15 +78,25 @@ class FolderSet(ImageSet):
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """The files by name, size and time of change, how views are made, and normalisation."""
+        """The files by name, size and time of change, how views are made, and normalisation.
+
+        Raises StorageError for a file that is not there any more.
+        """
+        import PIL
+
         total = hashlib.sha256()
         for path in self.paths:
-            known = path.stat()
-            name = "/".join(path.parts[-2:])  # class and file: a set that moves is the same
+            try:
+                known = path.stat()
+            except OSError as fault:
+                raise StorageError(f"cannot read '{path}': {fault.strerror}") from fault
+            name = "/".join(path.parts[-2:])  # class and file: a folder that is moved is the same
             total.update(f"{name}\x1f{known.st_size}\x1f{known.st_mtime_ns}\x1f".encode())
         views = {"size": self.input_shape[1], "flip": self.flip}
         scale = {"mean": list(self.mean), "std": list(self.std)}
-        return {"files": total.hexdigest(), **views, **scale}
+        # which decode and resize, and draw the crops
+        by = {"pillow": PIL.__version__, "numpy": np.__version__}
+        return {"files": total.hexdigest(), **views, **scale, **by}
 
     def load(self, chunks: Iterable[Chunk]) -> Iterator[Tensor]:
         """The images of each chunk. (B,), (B,) -> (B, 3, S, S) float32, channels_last"""

@@ -44,7 +44,7 @@ def examine(recipe: Recipe, out: Path = Path("runs")) -> Iterator[Finding]:
         yield from _tried("data", of_data, data)
         yield Finding("networks", "warn", "nothing that needs the networks was checked")
         return
-    job.method.stored = None  # a training alone writes into a store
+    job.method.stored, job.training.supply = None, iter  # a training alone writes into a store
     failed = False
     for finding in itertools.chain(of_networks(job, said), _of_job(job, recipe)):
         failed = failed or finding.level == "fail"

@@ -30,7 +30,8 @@ def of_machine(job: training.Assembled, recipe: Recipe) -> Iterator[Finding]:
             why = f"because this {kind} has no bf16 of its own"
         else:
             why = f"because this {kind} has bf16"
-    compiled = "on; compiling is not tried here" if job.compile else "off"
+    how = "of the teachers" if job.compile == "teachers" else "on"
+    compiled = f"{how}; compiling is not tried here" if job.compile else "off"
     yield Finding(
         "machine",
         "ok",
@@ -44,9 +45,9 @@ def of_store(job: training.Assembled) -> Iterator[Finding]:
     if not job.method.teachers:
         return
     if job.store is not None:
-        needed, room = job.store.needed_bytes, min(s.how.gb for s in job.store.stores) * 1e9
+        needed, room = job.store.needed_bytes, job.store.stores[0].how.gb * 1e9
         where = ", ".join(str(store.folder) for store in job.store.stores)
-        outputs = ", ".join(job.store.stores[0].outputs)
+        outputs = ", ".join(job.store.stores[0].outputs)  # of all teachers alike
         yield Finding(
             "store",
             "ok",
@@ -68,7 +69,7 @@ def of_rehearsal(recipe: Recipe) -> Iterator[Finding]:
     """Time and memory of the whole training, from a few steps of a fresh one."""
     from potstill.rehearsal import rehearse
 
-    job = training.assemble(recipe.model_copy(update={"store": None}))
+    job = training.assemble(recipe)
     found = rehearse(job)
     size = job.method.data.batch_size
     parts = []

@@ -153,7 +153,11 @@ def make(
     maker = _Maker(out, epochs, overrides, _weights(weights, trainings))
     rows = [maker.row(cell, training, tuple(range(seeds))) for cell, training in trainings]
     keys = {o: o.partition("=")[0] for o in overrides}
-    changed = tuple(o for o, key in keys.items() if key not in OF_THE_MACHINE)
+    changed = tuple(
+        o
+        for o, key in keys.items()
+        if key not in OF_THE_MACHINE or (key == "store" and "top_k" in o)
+    )
     return Plan(
         published, out, maker.settings, rows, left_out, tuple(range(seeds)), changed, tolerance
     )

@@ -10,6 +10,7 @@ them later is found out by the checksum, which is compared whenever a row is rea
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,8 @@ from potstill.files import storage_error
 HEADER = 4096
 """Bytes before the first row."""
 FIRST, LARGEST = 2**20, 64 * 2**20
-"""Bytes that a segment has room for, one row at least: as many as there are already, between."""
+"""Bytes that a segment has room for, one row at least: as many as there are already, between. Of a
+column so large that its files would be too many, a sixteenth of it."""
 SUFFIX, UNFINISHED = ".rows", ".new"
 FEW = 10**5
 """Rows that may wait to be sorted."""
@@ -86,8 +88,7 @@ class Segment:
         header = read_header(path)
         if {key: header.get(key) for key in identity} != identity:
             raise StorageError(f"{path} is damaged: it belongs to another store; delete it")
-        mapped = np.memmap(path, np.uint8, "r")
-        return cls(path, header, mapped, value_bytes)
+        return cls(path, header, _mapped(path, "r"), value_bytes)
 
     @classmethod
     def create(
@@ -110,7 +111,8 @@ class Segment:
             new = path.with_suffix(UNFINISHED)
             file = open(new, "x+b", buffering=0)  # noqa: SIM115  # its lock lasts as long as it
             try:
-                _lock(file)
+                with suppress(OSError):  # not every file system has locks; nobody else knows it
+                    _lock(file)
                 file.write(bytes(8) + start + text)
                 _reserve(file, HEADER + capacity * kind.itemsize)
                 new.rename(path)
@@ -120,7 +122,7 @@ class Segment:
                 raise
         except OSError as error:
             raise storage_error(path, "written", error) from error
-        return cls(path, header, np.memmap(path, np.uint8, "r+"), value_bytes), file
+        return cls(path, header, _mapped(path, "r+"), value_bytes), file
 
     def append(self, rows: np.ndarray[Any, Any]) -> int:
         """Write whole rows, which must fit; the first one's number."""
@@ -186,12 +188,15 @@ class Column:
                 self.segments.append(Segment.open(path, self.identity, self.value_bytes))
             except StorageError as error:
                 self.faults[path] = str(error)
+        keys, places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for number, segment in enumerate(self.segments):
             count = segment.count
             new = segment.rows[segment.seen : count]
             rows = np.arange(segment.seen, count, dtype=np.int64)
-            self._merge(key_of(new["index"], new["view"]), (number << _ROW_BITS) + rows)
+            keys.append(key_of(new["index"], new["view"]))
+            places.append((number << _ROW_BITS) + rows)
             segment.seen = count
+        self._merge(np.concatenate(keys), np.concatenate(places))
         self._fold()
 
     def _fold(self) -> None:
@@ -259,7 +264,8 @@ class Column:
         self.close()
         header = {**self.identity, "identity": sorted(self.identity), **self.about}
         header["bytes"] = self.value_bytes
-        room = min(LARGEST, max(FIRST, sum(segment.used for segment in self.segments)))
+        there = sum(segment.used for segment in self.segments)
+        room = max(FIRST, min(there, max(LARGEST, there // 16)))
         self._own, self._file = Segment.create(self.folder, header, self.value_bytes, room)
         self.segments.append(self._own)
 
@@ -317,12 +323,20 @@ def trim(path: Path, value_bytes: int) -> None:
             file.truncate(size)
 
 
+def _mapped(path: Path, mode: Literal["r", "r+"]) -> Bytes:
+    """A file's bytes. Raises StorageError."""
+    try:
+        return np.memmap(path, np.uint8, mode)
+    except OSError as error:
+        raise storage_error(path, "read", error) from error
+
+
 def _lock(file: IO[bytes]) -> None:
-    """Raises OSError where another process holds it; not every system has such locks."""
+    """Raises OSError where another process holds it, or there are no locks."""
     try:
         import fcntl
-    except ImportError:
-        return
+    except ImportError as error:
+        raise OSError(errno.ENOTSUP, "no locks") from error
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

@@ -88,7 +88,9 @@ class Shelved:
 
 def find(root: Path, names: Sequence[str] = ()) -> list[Shelved]:
     """The stores below `root`, or some by name. Raises PotstillError for a name it has not."""
-    there = sorted(p.parent for p in root.glob(f"*/{ABOUT}")) if root.is_dir() else []
+    # of one that was deleted while a training wrote into it, rows alone may be there
+    marks = [*root.glob(f"*/{ABOUT}"), *(p.parent for p in root.glob(f"*/*/*{SUFFIX}"))]
+    there = sorted({mark.parent for mark in marks})
     known = {folder.name: folder for folder in there}
     for name in names:
         if name not in known:
@@ -144,16 +146,20 @@ def verify(store: Shelved) -> Iterator[tuple[Path, int, int]]:
 def prune(store: Shelved, damaged: bool = False) -> tuple[list[Path], int]:
     """Delete a store, or its `damaged` files alone; what was deleted, and the bytes.
 
-    Runs that read it go on: what they have mapped stays until they end.
+    Runs that read it go on: what they have mapped stays until they end. Raises StorageError.
     """
-    if not damaged or store.folder / ABOUT in store.faults:
-        shutil.rmtree(store.folder)
-        return [store.folder], store.bytes
-    wrong = [*store.faults, *(path for path, _, bad in verify(store) if bad)]
-    freed = sum(path.stat().st_blocks * 512 for path in wrong)
-    for path in wrong:
-        path.unlink()
-    return wrong, freed
+    try:
+        if not damaged:
+            shutil.rmtree(store.folder)
+            return [store.folder], store.bytes
+        wrong = [*store.faults, *(path for path, _, bad in verify(store) if bad)]
+        wrong, freed = [path for path in wrong if path.exists()], 0
+        for path in wrong:
+            freed += path.stat().st_blocks * 512
+            path.unlink(missing_ok=True)
+        return wrong, freed
+    except OSError as error:
+        raise files.storage_error(error.filename or store.folder, "deleted", error) from error
 
 
 def describe(stores: Sequence[Shelved], epochs: int) -> list[str]:

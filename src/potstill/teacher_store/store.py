@@ -11,12 +11,14 @@ device and PyTorch. Where one of them changes, another store is read, or a new o
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +41,8 @@ ABOUT = "store.json"
 CHUNK = {"cpu": 64, "cuda": 256}
 """Images that a teacher is given at a time, always as many: what it says of one then does not
 depend on which others are missing, and nothing is compiled twice."""
-AHEAD = 8
-"""Batches whose missing images are computed together."""
+AHEAD = 512
+"""Images, in whole batches, whose missing outputs are computed together."""
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 0.01, torch.float64: 0.01}
 """Relative difference, in the Euclidean norm over one image's output, by which a stored output may
 differ from the live one. On one machine there is none but the rounding of what is kept; another
@@ -145,9 +147,11 @@ class TeacherStore:
         live = self.decode(self.encode(self.compute(image)), image.device)
         kept = self.decode(rows, image.device)
         for name in self.outputs:
-            a, b = (_of(x, name).flatten(1).double() for x in (kept, live))
-            apart = ((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-6)).max().item()
             allowed = TOLERANCE[self.values[name].dtype]
+            a, b = (_of(x, name).flatten(1).double() for x in (kept, live))
+            if isinstance(self.values[name], TopK):  # of two that are equal, either may be kept
+                a, b = a.softmax(1), b.softmax(1)
+            apart = _apart(a, b)
             if not apart <= allowed:  # nor NaN
                 raise StorageError(
                     f"the stored '{name}' of {self.name} is not what it says now: it differs by "
@@ -155,6 +159,12 @@ class TeacherStore:
                     f"the store {self.folder.name} does not know of; delete it with `potstill "
                     f"store prune {self.folder.name}`, or set store=false"
                 )
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The largest distance of two rows, of the size of the second. (n, D), (n, D)"""
+    apart: float = ((a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-6)).max().item()
+    return apart
 
 
 class Kept(Captured):
@@ -181,10 +191,14 @@ class _Entry:
     batch: Batch
     index: Integers
     view: Integers
+    version: int
+    """Of the images: a method may not have changed them in place."""
     rows: list[dict[str, Bytes]] = field(default_factory=list)
     """By teacher and output."""
     good: list[dict[str, np.ndarray[Any, np.dtype[np.bool_]]]] = field(default_factory=list)
     """Which images' rows are there, likewise."""
+    known: list[Integers] = field(default_factory=list)
+    """By teacher, the images whose outputs were on the disk."""
     missing: list[Integers] = field(default_factory=list)
     """By teacher, the images whose outputs are still to compute."""
     ahead: int = 0
@@ -200,17 +214,24 @@ class Stored:
         self.counts = Counts()
         self.needed_bytes = 0.0
         """What a training keeps at most, as `require_room` found."""
+        self._told: set[Path] = set()
+        self._news: list[str] = []
         self._window: deque[_Entry] = deque()
         self._opened = self._fresh = False
+        self._unchecked: set[int] = set()
+        """Teachers of which nothing stored has been met since `supply` was called."""
+        self._full = False
 
     def supply(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches, of which it knows some that come later."""
         source, window = iter(batches), deque[_Entry]()
-        self._fresh = True
+        self._fresh, self._unchecked = True, {*range(len(self.stores))}
         while True:
-            while len(window) < AHEAD and (batch := next(source, None)) is not None:
+            while (
+                not window or sum(len(e.index) for e in window) + len(window[-1].index) <= AHEAD
+            ) and (batch := next(source, None)) is not None:
                 index, view = batch.index.cpu().numpy(), batch.view.cpu().numpy()
-                window.append(_Entry(batch, index, view))
+                window.append(_Entry(batch, index, view, batch.image._version))
             if not window:
                 return
             self._window = window
@@ -220,22 +241,25 @@ class Stored:
     def __call__(self, batch: Batch) -> list[Captured] | None:
         """Outputs of every teacher for the batch that `supply` gave last; None for another one.
 
-        Those that are missing are computed, for several batches together, and kept. Once for every
-        `supply` some that are there are compared with what the teachers say. Raises StorageError
-        where they differ, or where a file cannot be written.
+        Those that are missing are computed, for several batches together, and kept. In every
+        `supply` the first ones that are there are compared with what the teachers say. Raises
+        StorageError where they differ, MethodError where a teacher says other things each time.
         """
         now = self._window[0] if self._window else None
-        if now is None or batch.index is not now.batch.index or batch.view is not now.batch.view:
-            return None
+        same = now is not None and all(
+            getattr(batch, part) is getattr(now.batch, part) for part in ("image", "index", "view")
+        )
+        if now is None or not same or batch.image._version != now.version:
+            return None  # other images, or images that were changed
         if now.captured is None:
             if self._fresh:
                 self._begin(batch)
             for entry in self._window:
                 if not entry.rows:
                     self._look_up(entry)
-            if self._fresh:
-                self._compare()
             self._fresh = False
+            if self._unchecked:
+                self._compare()
             absent = sum(map(len, now.missing))
             self.counts.computed += absent + now.ahead
             self.counts.read += len(now.index) * len(self.stores) - absent - now.ahead
@@ -258,9 +282,13 @@ class Stored:
         taken, self.counts = self.counts, Counts()
         return taken
 
-    def faults(self) -> list[str]:
-        """Files that cannot be read, in words."""
-        return [fault for column in self._columns() for fault in column.faults.values()]
+    def new_faults(self) -> list[str]:
+        """Files that cannot be read or written, in words; each is told once."""
+        found = {path: fault for c in self._columns() for path, fault in c.faults.items()}
+        new = [fault for path, fault in found.items() if path not in self._told]
+        self._told |= found.keys()
+        written, self._news = self._news, []
+        return new + written
 
     def require_room(self, images: int, views: int, times: float) -> None:
         """Raise StorageError where what a training would keep is too much.
@@ -272,30 +300,29 @@ class Stored:
             never: float = (1 - 1 / views) ** times
             return images * views * (1 - never)
 
-        for store in self.stores:
-            row = store.row_bytes()
-            size = distinct(views) * row
-            self.needed_bytes += size
-            at_most = store.how.gb * 1e9
-            kept = sum(path.stat().st_size for path in store.folder.rglob(f"*{SUFFIX}"))
-            free = shutil.disk_usage(_existing(store.how.root)).free
-            what = (
-                f"the stored outputs of {store.name} ({', '.join(store.outputs)}) would take "
-                f"{files.in_bytes(size)}"
+        how = self.stores[0].how
+        row = sum(store.row_bytes() for store in self.stores)
+        self.needed_bytes = size = distinct(views) * row
+        kept = sum(
+            path.stat().st_size
+            for store in self.stores
+            for path in store.folder.rglob(f"*{SUFFIX}")
+        )
+        free = shutil.disk_usage(_existing(how.root)).free
+        names = ", ".join(f"{s.name} ({', '.join(s.outputs)})" for s in self.stores)
+        what = f"the stored outputs of {names} would take {files.in_bytes(size)}"
+        rows = min(how.gb * 1e9, kept + free) / row
+        fewer = bisect_right(range(1, views), rows, key=distinct)
+        remedy = f"set data.views={fewer}, " if fewer else ""
+        if size > how.gb * 1e9:
+            raise StorageError(
+                f"{what}, and store.gb is {how.gb:g}; {remedy}raise it, or leave the store off"
             )
-            rows = min(at_most, kept + free) / row
-            fewer = bisect_right(range(1, views), rows, key=distinct)
-            remedy = f"set data.views={fewer}, " if fewer else ""
-            if size > at_most:
-                raise StorageError(
-                    f"{what}, and store.gb is {store.how.gb:g}; {remedy}raise it, or leave the "
-                    "store off"
-                )
-            if size > kept + free:
-                raise StorageError(
-                    f"{what}, and {files.in_bytes(free)} are free at {store.how.root}; {remedy}"
-                    "choose another disk with store.root, or leave the store off"
-                )
+        if size > kept + free:
+            raise StorageError(
+                f"{what}, and {files.in_bytes(free)} are free at {how.root}; {remedy}choose "
+                "another disk with store.root, or leave the store off"
+            )
 
     def _columns(self) -> Iterator[Column]:
         for store in self.stores:
@@ -308,8 +335,16 @@ class Stored:
                 column.refresh()
             return
         few = batch.image[: CHUNK[batch.image.device.type]]
-        for store in self.stores:
-            store.open(store.compute(few), self.about)
+        for t, store in enumerate(self.stores):
+            found, again = store.compute(few), store.compute(few)
+            for name in store.outputs:
+                a, b = (_of(x, name).flatten(1).double() for x in (found, again))
+                if _apart(a, b) > TOLERANCE[torch.bfloat16]:
+                    raise MethodError(
+                        f"the outputs of teacher {t} cannot be stored: it says another '{name}' of "
+                        "the same images each time; leave the store off"
+                    )
+            store.open(found, self.about)
         self._opened = True
 
     def _look_up(self, entry: _Entry) -> None:
@@ -318,6 +353,7 @@ class Stored:
             entry.rows.append({name: f.value for name, f in found.items()})
             entry.good.append({name: f.good for name, f in found.items()})
             whole = np.logical_and.reduce([f.good for f in found.values()])
+            entry.known.append(np.flatnonzero(whole))
             entry.missing.append(np.flatnonzero(~whole))
             self.counts.damaged += sum(f.damaged for f in found.values())
 
@@ -342,18 +378,28 @@ class Stored:
                 value = found[name][start : start + len(at)]
                 new = ~entry.good[t][name][at]
                 entry.rows[t][name][at] = value
-                column.append(entry.index[at][new], entry.view[at][new], value[new])
+                if not self._full:
+                    self._keep(column, entry.index[at][new], entry.view[at][new], value[new])
             start += len(at)
+
+    def _keep(self, column: Column, index: Integers, view: Integers, value: Bytes) -> None:
+        """Append; where that is impossible, the training goes on without keeping more."""
+        try:
+            column.append(index, view, value)
+        except StorageError as error:
+            self._full = True
+            self._news.append(f"{error}. The training goes on, and keeps no more outputs")
 
     def _compare(self) -> None:
         """Compare a chunk of what is stored with what the teachers say."""
         size = CHUNK[self._window[0].batch.image.device.type]
-        for t, store in enumerate(self.stores):
+        for t in sorted(self._unchecked):
+            store = self.stores[t]
             images: list[Tensor] = []
             rows: dict[str, list[Bytes]] = {name: [] for name in store.outputs}
             room = size
             for entry in self._window:
-                known = np.setdiff1d(np.arange(len(entry.index)), entry.missing[t])[:room]
+                known = entry.known[t][:room]
                 if len(known):
                     images.append(entry.batch.image[known])
                     for name, value in entry.rows[t].items():
@@ -362,6 +408,7 @@ class Stored:
             if images:
                 store.compare(torch.cat(images), {n: np.concatenate(p) for n, p in rows.items()})
                 self.counts.compared += size - room
+                self._unchecked.discard(t)
 
 
 def stored(
@@ -411,10 +458,24 @@ def stored(
 
 
 def fingerprint(net: Net) -> str:
-    """SHA-256, in hex, of a network's layers, weights, buffers and normalisation."""
+    """SHA-256, in hex, of a network's layers, weights, buffers and normalisation.
+
+    Of plain attributes and the code of its modules too, where that is not a library's.
+    """
     total = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(net.module)).encode())
+    for path, module in net.module.named_modules():
+        kind = type(module)
+        total.update(f"\x1f{path}\x1f{kind.__module__}.{kind.__qualname__}".encode())
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+        total.update(repr(sorted(plain.items())).encode())
+    kinds = {f"{k.__module__}.{k.__qualname__}": k for k in map(type, net.module.modules())}
+    for name, kind in sorted(kinds.items()):
+        if name.partition(".")[0] not in ("potstill", "torch"):
+            with suppress(OSError, TypeError):  # not all code has a source
+                total.update(inspect.getsource(kind).encode())
     tensors = {
         **net.module.state_dict(),
+        **dict(net.module.named_buffers()),  # those that are not saved too
         "scale of images": net.scale,
         "shift of images": net.shift,
     }

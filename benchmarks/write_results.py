@@ -123,7 +123,8 @@ def speed(files: Sequence[Path]) -> list[str]:
         "Images a second, medians of rounds in turns in one process, batch 64. A whole epoch has "
         "evaluation on the 10,000 test images and, but for the loop, a checkpoint. The plain loop "
         "is that of `potstill bench --against loop`; the bare steps are the limit of the machine: "
-        "one batch that lies ready, no data work, evaluation or checkpoint.\n",
+        "one batch that lies ready, no data work, evaluation or checkpoint. First steps compile "
+        "what is compiled and fill the store; the loop's follow those that chose its workers.\n",
     ]
     commands = []
     for path in files:

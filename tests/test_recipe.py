@@ -662,7 +662,7 @@ def test_a_mapping_replaced_as_a_whole_is_noted():
         ("method.temperature=0", "method.temperature must be a number (above 0), not 0"),
         ("method.gamma=.nan", "method.gamma must be a number, not NaN"),
         ("method.gamma=", "method.gamma must be a number, not null"),
-        ("compile=yes", 'compile must be true or false, not "yes"'),
+        ("compile=yes", 'compile must be true or false, or teachers, not "yes"'),
         ("data.root=5", "data.root must be text, or null, not 5"),
         ("data.batch_size=0", "data.batch_size must be a whole number (at least 1), not 0"),
         ("data.views=0", "data.views must be a whole number (at least 1), or null, not 0"),

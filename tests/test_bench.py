@@ -255,3 +255,25 @@ def test_what_does_not_fit_is_one_message(potstill, tmp_path, words, said):
     code, _, errors = potstill("bench", *words)
     assert code in (2, 3)
     assert said in errors
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["method=kdsvd"], "KDSVD takes more than one gradient in a step; leave out --against"),
+        (["data.pad_mode=reflect"], "the plain loop pads with black; set data.pad_mode=zero"),
+    ],
+)
+def test_what_the_plain_loop_would_do_otherwise_is_refused(teacher, more, said):
+    ours = bench.Ours(taught(teacher, *more))
+    with pytest.raises(PotstillError, match=said):
+        bench.measure(ours, taught(teacher, *more), 1, 1)
+    ours.close()
+
+
+def test_of_several_phases_the_last_is_measured_and_told(teacher):
+    ours = bench.Ours(taught(teacher, "method=ab"))
+    found = bench.measure(ours, None, 1, 1)
+    ours.close()
+    assert (found["phase"], found["phases"]) == ("distill", 2)
+    assert "of the last of 2 phases, distill" in bench.table(found)

@@ -269,11 +269,31 @@ def test_other_settings_are_not_comparable(
 
 
 def test_overrides_of_the_machine_stay_comparable(tmp_path: Path, teacher_file: str) -> None:
-    overrides = ["device=cpu", "precision=fp32", "data.root=x"]
+    overrides = ["device=cpu", "precision=fp32", "data.root=x", "compile=teachers", "store=true"]
     plan = planned(tmp_path / "o", "kd", seeds=3, weights=[teacher_file], overrides=overrides)
     finish(plan, {"kd": [70.5, 70.6, 70.7]})
     (row,) = reproduce.outcome(plan.out)["rows"]
     assert row["verdict"] == "matches"
+
+
+@pytest.mark.parametrize("override", ["store.top_k=5", "store={top_k: 5}"])
+def test_a_teacher_of_which_a_part_is_kept_is_another_one(
+    tmp_path: Path, teacher_file: str, override: str
+) -> None:
+    plan = planned(tmp_path / "o", "kd", seeds=3, weights=[teacher_file], overrides=[override])
+    assert plan.changed == (override,)
+
+
+def test_where_a_store_is_does_not_change_a_run_s_folder(tmp_path: Path, teacher_file: str) -> None:
+    """And without one it is named as before there were any."""
+
+    def folder(*overrides: str) -> str:
+        given = {"weights": [teacher_file], "overrides": list(overrides)}
+        (row,) = planned(tmp_path / "o", "kd", seeds=1, **given).rows
+        return row.setting
+
+    assert folder("store.root=x") == folder("store.root=y") == folder("store=true")
+    assert folder("store.top_k=5") != folder("store=true") != folder() == folder("store=false")
 
 
 def test_a_suspect_figure_is_not_comparable(tmp_path: Path, teacher_file: str) -> None:

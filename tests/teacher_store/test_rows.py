@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -17,7 +18,16 @@ import pytest
 
 from potstill.errors import StorageError
 from potstill.teacher_store import rows
-from potstill.teacher_store.rows import HEADER, Column, Segment, key_of, read_header, row_type, trim
+from potstill.teacher_store.rows import (
+    HEADER,
+    Column,
+    Segment,
+    key_of,
+    read_header,
+    row_type,
+    tidy,
+    trim,
+)
 from tests.teacher_store.rows_worker import (
     IDENTITY,
     KILLED_SIZE,
@@ -509,3 +519,45 @@ def test_a_segment_is_opened_with_the_identity_of_its_writer(tmp_path: Path):
     assert bytes(segment.rows["value"][1]) == value_of(1, 5)
     with pytest.raises(StorageError, match="belongs to another store"):
         Segment.open(path, {**IDENTITY, "output": "embed"}, SIZE)
+
+
+def test_a_file_system_without_locks_keeps_rows_and_takes_no_room_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nobody can tell there whether a writer lives."""
+
+    def no_locks(file: Any) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(rows, "_lock", no_locks)
+    mine = fill(column(tmp_path), (0, 0))
+    (path,) = tmp_path.iterdir()
+    size = path.stat().st_size
+    tidy(tmp_path, SIZE)
+    assert path.stat().st_size == size
+    fill(mine, (1, 0))
+    assert read(column(tmp_path), (0, 0), (1, 0)) == [True, True]
+
+
+def test_what_killed_writers_have_begun_is_taken_away_and_what_living_ones_have_is_not(
+    tmp_path: Path,
+):
+    begun, living = tmp_path / "1.new", tmp_path / "2.new"
+    begun.write_bytes(bytes(100))
+    with open(living, "wb") as file:
+        rows._lock(file)
+        tidy(tmp_path, SIZE)
+        assert [p.name for p in tmp_path.iterdir()] == ["2.new"]
+    tidy(tmp_path, SIZE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_column_has_larger_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A sixteenth of what is there, where that is more than the largest of a small one."""
+    monkeypatch.setattr(rows, "FIRST", ROW)
+    monkeypatch.setattr(rows, "LARGEST", 2 * ROW)
+    mine = column(tmp_path)
+    for number in range(4000):
+        fill(mine, (number, 0))
+    assert len(mine.segments) < 100
+    assert mine.segments[-1].capacity > 2

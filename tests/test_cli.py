@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from potstill import cli, recipe
 from potstill.files import save_tensors
 from potstill.run import Run
 
@@ -543,3 +545,14 @@ def test_show_runs_own_code_only_when_it_may(potstill: Potstill) -> None:
 def test_show_says_what_is_wrong(potstill: Potstill, words: tuple[str, ...], message: str) -> None:
     code, output, errors = potstill("show", *words)
     assert (code, output, message in errors) == (2, "", True), errors
+
+
+def test_a_default_folder_is_named_as_before_there_were_stores() -> None:
+    plain = recipe.load("digits/vanilla")
+    before = plain.to_yaml().replace("store: null\n", "")
+    assert before != plain.to_yaml()
+    digest = hashlib.sha256(before.encode()).hexdigest()[:6]
+    place = cli._default_directory("digits/vanilla", plain)
+    assert place == Path("runs") / f"digits-vanilla-{digest}" / "seed0"
+    kept = recipe.load("digits/vanilla", ["store=true"])
+    assert cli._default_directory("digits/vanilla", kept) != place

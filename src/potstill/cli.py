@@ -134,6 +134,7 @@ def _default_directory(recipe: str, resolved: Recipe) -> Path:
     import hashlib
 
     settings = resolved.model_copy(update={"seed": 0}).to_yaml()
+    settings = settings.replace("store: null\n", "")  # named as before there were stores
     digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
     slug = recipe.removesuffix(".yaml").strip("./").replace("/", "-")
     return Path("runs") / f"{slug}-{digest}" / f"seed{resolved.seed}"

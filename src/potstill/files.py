@@ -59,6 +59,11 @@ def in_bytes(count: float) -> str:
     return f"{count:.3g} {unit}"
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
 def sync_folder(folder: str | Path) -> None:
     """Make the names in a folder survive a power cut. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -14,6 +14,7 @@ import torch
 from potstill import engine, memory
 from potstill.evaluate import NearestClassMean, evaluate
 from potstill.method import Batch, Phase
+from potstill.stopwatch import now
 from potstill.training import Assembled, evaluation_batch
 
 WARM_UP = 2
@@ -97,11 +98,10 @@ def _step_seconds(job: Assembled, seconds: float) -> float:
     times: list[float] = []
     last = began = time.perf_counter()
     for moment in job.training.run():
-        _wait(job.device)
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-        enough = len(times) > WARM_UP and now - began > seconds
+        done = now(job.device)
+        times.append(done - last)
+        last = done
+        enough = len(times) > WARM_UP and done - began > seconds
         if enough or moment.step == moment.steps:
             break
     return statistics.median(times[WARM_UP:] or times[-1:])
@@ -126,13 +126,7 @@ def _evaluation_seconds(job: Assembled, phase: Phase, seconds: float) -> float:
     while not done or time.perf_counter() - began < seconds / 4:
         evaluate(predictors, few, batch, few, precision)
         done += min(FEW * batch, len(job.held_out))
-    _wait(job.device)
-    return images * (time.perf_counter() - began) / done
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return images * (now(job.device) - began) / done
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -26,37 +25,29 @@ class Stopwatch:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Within, time counts for `name`. On a GPU every border waits for the device."""
-        began = self._now()
+        began = now(self.device)
         self._within.append(0.0)
         try:
             yield
         finally:
-            took = self._now() - began
+            took = now(self.device) - began
             self.seconds[name] += took - self._within.pop()
             if self._within:
                 self._within[-1] += took
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-class _Nothing:
-    """A part of no stopwatch."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
+_NOTHING = nullcontext()
 _running: Stopwatch | None = None
 
 
-def part(name: str) -> Any:
+def part(name: str) -> AbstractContextManager[None]:
     """A context whose time counts for `name` where a stopwatch runs, and else costs nothing."""
     return _NOTHING if _running is None else _running.part(name)
 

@@ -28,6 +28,7 @@ from potstill.teacher_store.rows import (
     tidy,
     trim,
 )
+from tests.teacher_store.damage import flip
 from tests.teacher_store.rows_worker import (
     IDENTITY,
     KILLED_SIZE,
@@ -77,12 +78,6 @@ def read(found: Column, *pairs: tuple[int, int]) -> list[bool]:
     assert (value[good] == right[good]).all(), "a wrong value was called good"
     assert damaged <= (~good).sum()
     return good.tolist()
-
-
-def flip(path: Path, position: int, mask: int = 0x01) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= mask
-    path.write_bytes(data)
 
 
 # --- what is written is read --------------------------------------------------------------------

@@ -18,6 +18,7 @@ from potstill.teacher_store import as_objects, default_root, describe, find, pru
 from potstill.teacher_store.rows import Column
 from potstill.teacher_store.shelf import Output, Shelved
 from potstill.teacher_store.store import key_of
+from tests.teacher_store.damage import flip, rows_of
 
 SIZE, IMAGES, CODES, VIEWS = 20, 10, range(0, 9), 4
 """A set of 20 images, of which a training has the first 10, in 4 views of 9."""
@@ -61,16 +62,6 @@ def only(root: Path) -> Shelved:
 def output_of(root: Path) -> Output:
     (output,) = only(root).outputs
     return output
-
-
-def flip(path: Path, position: int = -1, mask: int = 0x01) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= mask
-    path.write_bytes(data)
-
-
-def rows_of(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.rows"))
 
 
 # --- how full, and what to expect ---------------------------------------------------------------

@@ -35,6 +35,7 @@ from potstill.teacher_store.rows import Column
 from potstill.teacher_store.store import AHEAD, CHUNK, fingerprint, key_of
 from potstill.training import data_spec
 from tests.methods import test_contract as contract
+from tests.teacher_store.damage import flip, rows_of
 from tests.toys import ToyImages, plan, toy_net
 
 SIZE = CHUNK["cpu"]
@@ -125,16 +126,6 @@ def given(net: nn.Module) -> list[int]:
 
 def folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
-
-
-def files_of(root: Path) -> list[Path]:
-    return sorted(root.rglob("*.rows"))
-
-
-def flip(path: Path, position: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 # --- as the live teacher ------------------------------------------------------------------------
@@ -320,7 +311,7 @@ def test_the_highest_logits_are_stored_as_they_are(tmp_path: Path):
     assert mine["ce"] == pytest.approx(theirs["ce"])
     assert mine["kd"] != pytest.approx(theirs["kd"], rel=1e-4)
     assert mine["kd"] == pytest.approx(theirs["kd"], rel=0.5)
-    assert len(folders(tmp_path)) == 1 and len(files_of(tmp_path)) == 2
+    assert len(folders(tmp_path)) == 1 and len(rows_of(tmp_path)) == 2
 
 
 # --- when a teacher is asked --------------------------------------------------------------------
@@ -349,7 +340,7 @@ def test_what_a_teacher_says_does_not_depend_on_what_is_missing(tmp_path: Path):
     store = keep(method, tmp_path, bits=32)
     first = train(method, store)
     store.close()
-    (path,) = files_of(tmp_path)
+    (path,) = rows_of(tmp_path)
     data = bytearray(path.read_bytes())
     row = 4 + 8 + 8 + 4 * 10
     for number in range(0, BATCHES * SIZE, 3):
@@ -475,7 +466,7 @@ def test_a_second_method_seed_and_pool_read_the_rows_of_the_first(tmp_path: Path
             assert reads.counts.read + reads.counts.computed == asked
         reads.close()
     assert len(folders(tmp_path)) == 1
-    assert sum(path.parent.name.startswith("logits") for path in files_of(tmp_path)) == 1
+    assert sum(path.parent.name.startswith("logits") for path in rows_of(tmp_path)) == 1
 
 
 def test_an_epoch_reads_what_another_run_has_written_since(tmp_path: Path):
@@ -497,7 +488,7 @@ def test_the_room_that_a_killed_run_reserved_is_given_back_by_the_next(tmp_path:
     method = build_method()
     store = keep(method, tmp_path)
     train(method, store)
-    (path,) = files_of(tmp_path)
+    (path,) = rows_of(tmp_path)
     reserved = path.stat().st_size
     alive = build_method()
     train(alive, keep(alive, tmp_path))
@@ -519,7 +510,7 @@ def test_damaged_rows_are_counted_and_computed_anew(tmp_path: Path):
     store = keep(method, tmp_path)
     first = train(method, store)
     store.close()
-    (path,) = files_of(tmp_path)
+    (path,) = rows_of(tmp_path)
     for row in (0, 1, 100):
         flip(path, 4096 + 40 * row + 39)  # 4 + 8 + 8 + 2 * 10 bytes a row
     for damaged in (3, 0):
@@ -538,7 +529,7 @@ def test_a_file_that_cannot_be_read_is_told_and_done_without(tmp_path: Path):
     first = train(method, store)
     store.close()
     assert store.new_faults() == []
-    (path,) = files_of(tmp_path)
+    (path,) = rows_of(tmp_path)
     flip(path, 20)
     method = build_method()
     store = keep(method, tmp_path)
@@ -854,7 +845,7 @@ def test_a_row_has_room_for_all_that_is_kept_of_an_image(tmp_path: Path):
     assert store.stores[0].row_bytes() == (20 + 4 * 10) + (20 + 4 * channels * h * w)
     train(method, store)
     store.close()
-    size = sum(path.stat().st_size - 4096 for path in files_of(tmp_path))
+    size = sum(path.stat().st_size - 4096 for path in rows_of(tmp_path))
     assert size == BATCHES * SIZE * store.stores[0].row_bytes()
 
 
@@ -887,7 +878,7 @@ def test_an_output_too_large_for_16_bits_is_refused_before_it_is_kept(tmp_path: 
     store = keep(method, tmp_path)
     with pytest.raises(MethodError, match=r"'logits' has numbers up to .*set store\.bits=32"):
         train(method, store)
-    assert not files_of(tmp_path)
+    assert not rows_of(tmp_path)
     method = build_method(teachers=[moody(1e9)])
     store = keep(method, tmp_path, bits=32)
     assert train(method, store) == train(build_method(teachers=[moody(1e9)]))
@@ -914,7 +905,7 @@ def test_images_that_a_method_has_changed_are_the_teachers_to_judge(change: str,
     else:
         batch.image.mul_(0.5)
     assert store(batch) is None
-    assert not files_of(tmp_path)
+    assert not rows_of(tmp_path)
     with torch.no_grad():
         expected = method.teachers[0](batch.image).logits
     torch.testing.assert_close(method.teach(batch)[0].logits, expected)
@@ -954,7 +945,7 @@ def test_a_teacher_that_says_other_things_each_time_is_refused(tmp_path: Path):
     store = keep(method, tmp_path)
     with pytest.raises(MethodError, match="it says another 'logits' of the same images each time"):
         train(method, store)
-    assert not files_of(tmp_path)
+    assert not rows_of(tmp_path)
 
 
 def test_what_is_no_weight_is_of_the_fingerprint_too():

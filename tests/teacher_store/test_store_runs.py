@@ -23,6 +23,7 @@ from potstill.errors import DataError, MethodError, RecipeError, StorageError
 from potstill.recipe import Recipe
 from potstill.run import Run
 from potstill.teacher_store.rows import Column, read_header
+from tests.teacher_store.damage import flip, rows_of
 
 SUBSET, EPOCHS = 96, 2
 WORDS = [f"data.subset={SUBSET}", f"epochs={EPOCHS}", "precision=fp32", "device=cpu"]
@@ -98,16 +99,6 @@ def counts(read: int = 0, computed: int = 0, damaged: int = 0, compared: int = 0
     return {"read": read, "computed": computed, "damaged": damaged, "compared": compared}
 
 
-def files_of(root: Path) -> list[Path]:
-    return sorted(root.rglob("*.rows"))
-
-
-def flip(path: Path, position: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
 # --- trainings ----------------------------------------------------------------------------------
 
 
@@ -122,13 +113,13 @@ def test_a_second_run_reads_what_the_first_one_computed(kd: Any, tmp_path: Path)
     (folder,) = (tmp_path / "store").iterdir()
     said = f": logits in {folder}"
     assert [line for line in notes.lines if line.endswith(said) and "store of " in line]
-    (path,) = files_of(folder)
+    (path,) = rows_of(folder)
     assert path.stat().st_size == 4096 + 40 * (SUBSET + two["computed"])
 
     second = run(kd(), tmp_path / "b")
     assert did(second) == [counts(read=SUBSET, compared=64)] * EPOCHS
     assert_same_end(first, second)
-    assert files_of(folder) == [path]
+    assert rows_of(folder) == [path]
 
 
 def test_another_seed_method_and_pool_share_a_store(kd: Any, tmp_path: Path):
@@ -142,7 +133,7 @@ def test_another_seed_method_and_pool_share_a_store(kd: Any, tmp_path: Path):
     outputs = sorted(path.name.partition("-")[0] for path in folder.iterdir() if path.is_dir())
     assert outputs == ["logits", "stage1", "stage2", "stage3"]
     (logits,) = folder.glob("logits-*")
-    assert sum(path.stat().st_size - 4096 for path in files_of(logits)) == 40 * SUBSET
+    assert sum(path.stat().st_size - 4096 for path in rows_of(logits)) == 40 * SUBSET
 
 
 def test_a_run_with_a_store_ends_where_one_without_ends_but_for_rounding(kd: Any, tmp_path: Path):
@@ -174,7 +165,7 @@ def test_a_run_goes_on_with_its_store_elsewhere(kd: Any, tmp_path: Path):
         run(kd(), tmp_path / "stopped", Notes(2))
     moved = kd(f"store.root={tmp_path / 'elsewhere'}", "store.gb=1")
     assert_same_end(straight, run(moved, tmp_path / "stopped", resume=True))
-    assert files_of(tmp_path / "elsewhere")
+    assert rows_of(tmp_path / "elsewhere")
 
 
 def test_vanilla_is_trained_as_without_a_store(tmp_path: Path):
@@ -191,10 +182,10 @@ def test_stores_are_below_the_cache_unless_a_recipe_says_where(
 ):
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
     run(kd("store.root=null", "epochs=1"), tmp_path / "a")
-    assert files_of(tmp_path / "cache" / "teachers") and not (tmp_path / "store").exists()
+    assert rows_of(tmp_path / "cache" / "teachers") and not (tmp_path / "store").exists()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run(kd("store.root=~/kept", "epochs=1"), tmp_path / "b")
-    assert files_of(tmp_path / "home" / "kept")
+    assert rows_of(tmp_path / "home" / "kept")
 
 
 # --- damage -------------------------------------------------------------------------------------
@@ -204,7 +195,7 @@ def test_a_corrupted_byte_is_told_by_the_next_run_which_ends_with_the_same_weigh
     kd: Any, tmp_path: Path
 ):
     first = run(kd(), tmp_path / "a")
-    (path,) = files_of(tmp_path / "store")
+    (path,) = rows_of(tmp_path / "store")
     for row in (0, 7):
         flip(path, 4096 + 40 * row + 30)
     notes = Notes()
@@ -224,14 +215,14 @@ def test_a_corrupted_byte_is_told_by_the_next_run_which_ends_with_the_same_weigh
 def test_every_row_damaged_is_every_row_computed(kd: Any, tmp_path: Path):
     """Without one to compare; a damaged header is told by its file, and costs as much."""
     first = run(kd(), tmp_path / "a")
-    (path,) = files_of(tmp_path / "store")
+    (path,) = rows_of(tmp_path / "store")
     size = (path.stat().st_size - 4096) // 40
     for row in range(size):
         flip(path, 4096 + 40 * row + 20 + row % 20)
     second = run(kd(), tmp_path / "b")
     assert did(second)[0] == counts(computed=SUBSET, damaged=SUBSET)
     assert_same_end(first, second)
-    for each in files_of(tmp_path / "store"):
+    for each in rows_of(tmp_path / "store"):
         flip(each, 16)
     notes = Notes()
     third = run(kd(), tmp_path / "c", notes)
@@ -344,7 +335,7 @@ def commanded(teacher: Path, potstill: Command, monkeypatch: Any, tmp_path: Path
 def test_the_commands_tell_check_and_remove(commanded: Command, tmp_path: Path):
     root = tmp_path / "cache" / "teachers"
     (folder,) = root.iterdir()
-    (path,) = files_of(root)
+    (path,) = rows_of(root)
 
     code, output, _ = commanded("store", "info", "--epochs", 4)
     first, second, third = output.splitlines()
@@ -387,12 +378,12 @@ def test_the_commands_tell_check_and_remove(commanded: Command, tmp_path: Path):
 
 def test_a_damaged_header_is_damage_too(commanded: Command, tmp_path: Path):
     root = tmp_path / "cache" / "teachers"
-    (path,) = files_of(root)
+    (path,) = rows_of(root)
     flip(path, 20)
     code, output, _ = commanded("store", "verify")
     assert code == 3 and f"{path} is damaged: its header is not what was written" in output
     assert "fault: " in commanded("store", "info")[1]
-    assert commanded("store", "prune", "--damaged")[0] == 0 and not files_of(root)
+    assert commanded("store", "prune", "--damaged")[0] == 0 and not rows_of(root)
 
 
 def test_nothing_is_pruned_by_a_slip(commanded: Command, tmp_path: Path):
@@ -407,7 +398,7 @@ def test_nothing_is_pruned_by_a_slip(commanded: Command, tmp_path: Path):
     assert commanded("store", "prune", "--damaged")[:2] == (0, "0 B freed\n")
     assert commanded("store", "prune", "--days", -1)[0] == 2
     assert commanded("store", "prune", "--all", "--root", tmp_path / "nowhere")[0] == 0
-    assert files_of(root)
+    assert rows_of(root)
     for path in folder.rglob("*"):
         os.utime(path, (time.time() - 90000,) * 2)
     assert commanded("store", "prune", "--days", 1)[0] == 0
@@ -432,7 +423,7 @@ def test_a_stale_store_stops_a_run_with_exit_code_3(
     commanded: Command, teacher: Path, tmp_path: Path
 ):
     """Values of other images with right checksums, as if something had changed unseen."""
-    (path,) = files_of(tmp_path / "cache" / "teachers")
+    (path,) = rows_of(tmp_path / "cache" / "teachers")
     header = read_header(path)
     column = Column(path.parent, {k: header[k] for k in header["identity"]}, header["bytes"])
     column.about = {k: header[k] for k in ("data", "training_images", "size", "codes", "views")}
@@ -454,4 +445,4 @@ def test_every_epoch_of_a_long_run_is_counted(kd: Any, tmp_path: Path):
     first = run(kd("data.views=1", "epochs=4"), tmp_path / "a")
     read = counts(read=SUBSET, compared=64)
     assert did(first) == [counts(computed=SUBSET), read, read, read]
-    assert len(files_of(tmp_path / "store")) == 1
+    assert len(rows_of(tmp_path / "store")) == 1

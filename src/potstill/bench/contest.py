@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
+
+from potstill.stopwatch import now
 
 FIRST = 2
 """Steps that belong to the begin of an epoch: workers start, and files are opened, in these."""
@@ -88,10 +89,6 @@ def contest(
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = now(device)
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return now(device) - began

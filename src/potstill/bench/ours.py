@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from potstill import stopwatch, training
 from potstill.bench.contest import FIRST
 from potstill.errors import PotstillError
@@ -80,12 +78,10 @@ class Ours:
     def split(self, count: int) -> Mapping[str, float]:
         """Mean seconds of a step by part, of `count` steps: data, teacher, student and so on."""
         self.begin()
-        began = time.perf_counter()
+        began = stopwatch.now(self.device)
         with stopwatch.running(self.device) as watch:
             self.steps(count)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        took = time.perf_counter() - began
+        took = stopwatch.now(self.device) - began
         parts = {part: watch.seconds.get(part, 0.0) / count for part in stopwatch.PARTS}
         return {**parts, "rest": took / count - sum(parts.values())}
 

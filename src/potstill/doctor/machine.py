@@ -14,7 +14,7 @@ from torch import Tensor
 from potstill import display, engine, training
 from potstill.doctor.finding import Finding, in_one_line
 from potstill.errors import PotstillError
-from potstill.files import in_bytes
+from potstill.files import existing, in_bytes
 from potstill.recipe import Recipe
 
 
@@ -101,7 +101,7 @@ def _memory(device: torch.device) -> int:
 
 def of_out(job: training.Assembled, out: Path) -> Iterator[Finding]:
     """Whether a run can be written to `out`, and fits there."""
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    place = existing(out)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

@@ -156,6 +156,8 @@ class Column:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], value_bytes: int) -> None:
         self.folder, self.identity, self.value_bytes = folder, dict(identity), value_bytes
+        self.salt = zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
+        """Begins every checksum, so that rows of another column are never taken for its own."""
         self.about: dict[str, Any] = {}
         """What this process's segments say beside the identity."""
         self.segments: list[Segment] = []
@@ -172,11 +174,6 @@ class Column:
         """Different (image, view) that it has."""
         self._fold()
         return len(self._keys)
-
-    @property
-    def salt(self) -> int:
-        """Begins every checksum, so that rows of another column are never taken for its own."""
-        return zlib.crc32(json.dumps(self.identity, sort_keys=True).encode())
 
     def refresh(self) -> None:
         """Take in what other processes have written since."""

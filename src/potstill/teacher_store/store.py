@@ -308,7 +308,7 @@ class Stored:
             for store in self.stores
             for path in store.folder.rglob(f"*{SUFFIX}")
         )
-        free = shutil.disk_usage(_existing(how.root)).free
+        free = shutil.disk_usage(files.existing(how.root)).free
         names = ", ".join(f"{s.name} ({', '.join(s.outputs)})" for s in self.stores)
         what = f"the stored outputs of {names} would take {files.in_bytes(size)}"
         rows = min(how.gb * 1e9, kept + free) / row
@@ -423,8 +423,8 @@ def stored(
     """Stores for a method's teachers on a set of images. `names` are what teachers are called.
 
     `about` goes into every file that is written; `precision` is what teachers are autocast to.
-    Raises DataError for images that cannot be told
-    apart by (image, view), or of which no view would come twice.
+    Raises DataError for images that cannot be told apart by (image, view), or of which no view
+    would come twice.
     """
     whose = images.identity
     if whose is None:
@@ -489,11 +489,6 @@ def fingerprint(net: Net) -> str:
 def key_of(identity: Mapping[str, Any]) -> str:
     """A short name for what is equal."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _plain(name: str) -> str:
